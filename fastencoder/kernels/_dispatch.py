@@ -1,0 +1,109 @@
+"""Which implementation of an operation runs, and how an operation becomes a ``torch.library`` operator.
+
+Every operation is one package with the same modules: ``reference.py`` (plain PyTorch, always present), ``cpu.py`` and
+``triton_kernel.py``. All of them define one function with the name of the operation. Nothing but the reference is imported
+before a tensor of that device asks for it, so that importing the package needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+_LIBRARY = torch.library.Library("fastencoder", "DEF")
+
+# What the Triton kernels are written for. Other floating types (float64) go to the reference without a word.
+_TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+_forced: str | None = None
+
+
+class Dispatcher:
+    """Chooses by the device of an operation's first tensor: CUDA -> Triton, CPU -> ``cpu``, anything else -> reference.
+
+    A Triton implementation that cannot be imported, compiled or launched is given up for the life of the process: the
+    operation warns once and runs on the reference, which is right on every device and slower.
+    """
+
+    def __init__(self, package: str, name: str) -> None:
+        self.name = name
+        self._package = package
+        self._loaded: dict[str, Callable] = {}
+        self._triton_failed = False
+
+    def __call__(self, first: torch.Tensor, *rest):
+        kind = _forced or first.device.type
+        if kind == "cpu":
+            return self._implementation("cpu")(first, *rest)
+        if kind == "cuda" and first.dtype in _TRITON_DTYPES and not self._triton_failed:
+            return self._triton_or_reference(first, *rest)
+        if kind == "triton":  # asked for by name: an error must show, not fall back
+            return self._implementation("triton_kernel")(first, *rest)
+        return self._implementation("reference")(first, *rest)
+
+    def _triton_or_reference(self, *args):
+        try:
+            return self._implementation("triton_kernel")(*args)
+        except torch.OutOfMemoryError:  # the reference needs more memory, not less
+            raise
+        except Exception as error:
+            self._triton_failed = True
+            warnings.warn(
+                f"fastencoder: the Triton kernel of '{self.name}' cannot run here ({type(error).__name__}: {error}). "
+                "The plain PyTorch implementation is used from now on: results stay right, but slower.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return self._implementation("reference")(*args)
+
+    def _implementation(self, module: str) -> Callable:
+        function = self._loaded.get(module)
+        if function is None:
+            try:
+                function = getattr(importlib.import_module(f"{self._package}.{module}"), self.name)
+            except ModuleNotFoundError:  # TEMPORARY until every cpu.py exists
+                if module != "cpu":
+                    raise
+                return self._implementation("reference")
+            self._loaded[module] = function
+        return function
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Run every operation inside the block on one implementation, whatever the device: for tests, benchmarks, debugging.
+
+    Args:
+        name: ``"reference"``, ``"cpu"`` or ``"triton"`` (on CPU tensors Triton needs ``TRITON_INTERPRET=1``).
+    """
+    global _forced
+    if name not in ("reference", "cpu", "triton"):
+        raise ValueError(f"implementation must be 'reference', 'cpu' or 'triton', not {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def register(schema: str, run: Callable, fake: Callable) -> None:
+    """Register ``fastencoder::<schema>``, so that ``torch.compile``, export and CUDA graphs see through the operation.
+
+    Args:
+        schema: the operator's schema, without its namespace. No output may alias an input.
+        run: the implementation, for every device.
+        fake: returns empty outputs with the shapes, dtypes and devices that ``run`` returns.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastencoder::{name}", fake, lib=_LIBRARY)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are kept for inputs of ``dtype``: float32 for 16-bit types, otherwise ``dtype`` itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

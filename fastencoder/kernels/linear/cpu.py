@@ -1,0 +1,83 @@
+"""``linear`` on CPU: oneDNN through PyTorch, with a weight that may be laid out for oneDNN once and used many times."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastencoder.kernels.linear.reference import ACTIVATIONS
+
+# What oneDNN applies to the float32 accumulator before it writes: our name -> (its post-op, its algorithm). "none" is the
+# erf form of GELU. Its swish has no factor inside the sigmoid, so quick_gelu is not here.
+_POST_OPS = {
+    "identity": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+_PREPACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``[T, K]``, ``[N, K]``, ``[N]``, name, ``[T, N]`` -> ``[T, N]``."""
+    result = _activate(F.linear(x, weight, bias), activation)
+    return result if residual is None else result.add_(residual)
+
+
+def can_prepack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN can keep its own layout of this weight (``[N, K]``) and multiply by it here."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _PREPACKED_DTYPES
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and _multiplies(weight.dtype)
+    )
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """oneDNN has 16-bit matrix multiplication only where the processor does."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def prepack(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of ``weight`` ``[N, K]`` in the layout that oneDNN multiplies fastest; of the same size in bytes."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+def linear_prepacked(
+    x: torch.Tensor,
+    packed_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str = "identity",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``activation(x @ weight.T + bias) + residual`` with a weight from :func:`prepack`.
+
+    ``[T, K]``, opaque, ``[N]``, name, ``[T, N]`` -> ``[T, N]``.
+    """
+    if residual is not None and activation == "identity":
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed_weight, bias, "add")
+    post_op = _POST_OPS.get(activation)
+    if post_op is None:
+        result = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
+        result = _activate(result, activation)
+    else:
+        result = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, post_op[0], [], post_op[1])
+    return result if residual is None else result.add_(residual)
+
+
+def _activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return x if activation == "identity" else ACTIVATIONS[activation](x)

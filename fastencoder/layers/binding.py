@@ -1,0 +1,96 @@
+"""The live parts behind a spec, found once and re-checked cheaply before every call.
+
+A model may change after its conversion: an adapter wraps a projection, a hook is added, a layer norm is replaced, training
+mode is switched on for a single dropout. A binding remembers what the checks saw; as soon as that is not what is there, the
+checks run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..eligibility import has_foreign_hooks, inspect_layer, lookup
+from ..spec import LINEAR_SLOTS, LayerSpec
+
+
+@dataclass(frozen=True)
+class _Watched:
+    module: nn.Module
+    cls: type
+    children: tuple[nn.Module | None, ...]
+    touched: bool
+
+
+class Binding:
+    """A layer's parts by slot, or the reasons why it cannot run fast as it is now.
+
+    Attributes:
+        spec: what to compute, or None; then `reasons` says why, and nothing below is there.
+        linears: the six projections by slot.
+        norm1, norm2, activation, attention: the modules of those names in the spec's name map.
+    """
+
+    def __init__(self, layer: nn.Module, layer_class: type) -> None:
+        finding = inspect_layer(layer, layer_class)
+        self.spec: LayerSpec | None = finding.spec
+        self.reasons = finding.reasons
+        self._watched = [
+            _Watched(module, type(module), tuple(module._modules.values()), _touched(module))
+            for module in layer.modules()
+            if module is not layer
+        ]
+        self._layer_children = tuple(layer._modules.values())
+        self._layer_patched = "forward" in vars(layer)
+        if self.spec is None:
+            return
+        names = self.spec.names
+        self.linears: dict[str, nn.Linear] = {slot: lookup(layer, getattr(names, slot)) for slot in LINEAR_SLOTS}
+        self.norm1: nn.LayerNorm = lookup(layer, names.norm1)
+        self.norm2: nn.LayerNorm = lookup(layer, names.norm2)
+        self.activation = lookup(layer, names.activation)
+        self.scale_owner = lookup(layer, names.scaling.rpartition(".")[0]) if names.scaling else None
+        self.scale_name = names.scaling.rpartition(".")[2] if names.scaling else ""
+        self.attention = lookup(layer, names.attention)
+        self._scales = [
+            (lookup(layer, path.rpartition(".")[0]) or layer, path.rpartition(".")[2])
+            for path in (names.scale1, names.scale2)
+            if path is not None
+        ]
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the layer is still made of the same modules, neither hooked nor patched since."""
+        if tuple(layer._modules.values()) != self._layer_children or ("forward" in vars(layer)) != self._layer_patched:
+            return False
+        for watched in self._watched:
+            module = watched.module
+            if type(module) is not watched.cls or _touched(module) != watched.touched:
+                return False
+            if module._modules and tuple(module._modules.values()) != watched.children:
+                return False
+        return True
+
+    def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
+        if not self._scales:
+            return None, None
+        (first, first_name), (second, second_name) = self._scales
+        return getattr(first, first_name), getattr(second, second_name)
+
+    def any_training(self) -> bool:
+        """Whether some inner module (a dropout, say) is in training mode although the layer is not."""
+        return any(watched.module.training for watched in self._watched)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the scores, as the layer's attention has it now."""
+        value = getattr(self.scale_owner, self.scale_name, None)
+        return self.spec.scale if value is None else value
+
+
+def _touched(module: nn.Module) -> bool:
+    if "forward" in module.__dict__:
+        return True
+    return bool(module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks(module)

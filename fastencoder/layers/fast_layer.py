@@ -1,0 +1,287 @@
+"""The fast layer: a layer whose class was swapped for a subclass that runs a spec on packed tokens.
+
+A call that the fused program cannot do exactly goes to the original `forward`, which is still there as `super().forward`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..eligibility import has_foreign_hooks
+from ..packing import NotAPaddingMask, PackedBatch, key_padding_mask
+from ..spec import Adapter
+from .binding import Binding
+from .program import run_layer
+from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
+from .weights import Projections
+
+# Arguments of a layer's forward that change nothing for an encoder layer without positional terms in its attention.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "max_length_k",
+        "max_length_q",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+class Delegated(Exception):
+    """This call runs the original forward; the message says why."""
+
+
+class LayerState:
+    """What a fast layer knows beside its own parameters: kept in `layer._fastencoder`, outside of the state_dict.
+
+    Attributes:
+        fast_calls, delegated_calls: how many calls ran fused, and how many ran the original forward.
+        last_reason: why the latest delegated call was.
+    """
+
+    def __init__(self, adapter: Adapter, stack: Stack | None) -> None:
+        self.adapter = adapter
+        self.stack = stack
+        self._forget()
+
+    def _forget(self) -> None:
+        self.binding: Binding | None = None
+        self.projections: Projections | None = None
+        self.fast_calls = 0
+        self.delegated_calls = 0
+        self.last_reason: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"adapter": self.adapter, "stack": self.stack}  # a copy of the layer finds its own parts and weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
+        """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
+        binding = self.binding
+        if binding is None or not binding.holds(layer):
+            binding = self.binding = Binding(layer, type(layer).original_class)
+            self.projections = None
+        if binding.spec is None:
+            raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
+        if binding.any_training():
+            raise Delegated("a part of the layer is in training mode")
+        projections = self.projections
+        if projections is None or not projections.current(binding):
+            projections = self.projections = Projections(binding)
+        return binding, projections
+
+
+class FastLayer(nn.Module):
+    """Mixed in before the layer's own class (see `classes.fast_class`)."""
+
+    original_class: type[nn.Module]
+    _fastencoder: LayerState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(*args, **kwargs)
+        state = self._fastencoder
+        call = current_call(state.stack)
+        try:
+            output = self._forward_fast(state, call, args, kwargs)
+            state.fast_calls += 1
+            return output
+        except Delegated as reason:
+            state.delegated_calls += 1
+            state.last_reason = str(reason)
+        except BaseException:
+            abandon_call(state.stack)
+            raise
+        return self._forward_original(call, args, kwargs)
+
+    def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
+        adapter = state.adapter
+        hidden, mask, others = _read_arguments(type(self).original_class, adapter.mask, args, kwargs)
+        _refuse_arguments(others)
+        if not isinstance(hidden, torch.Tensor):
+            raise Delegated("the hidden states are not a tensor")
+        _refuse_mode(self, hidden)
+        binding, projections = state.ready(self)
+        if hidden.is_nested:
+            return self._run_nested(binding, projections, hidden, mask)
+        if type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3:
+            raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
+        if hidden.dtype != projections.dtype or hidden.device != projections.device:
+            raise Delegated("the hidden states have another dtype or device than the weights")
+        if call is not None and call.carried is hidden:
+            return self._run_carried(binding, projections, call)
+        if mask is None and others.get("cu_seq_lens_q") is not None:
+            return self._run_already_packed(binding, projections, hidden, others)
+        return self._run_padded(binding, projections, call, hidden, mask)
+
+    def _run_padded(
+        self, binding: Binding, projections: Projections, call: StackCall | None, hidden: torch.Tensor, mask: Any
+    ) -> Any:
+        if binding.spec.adapter.time_major:
+            hidden = hidden.transpose(0, 1)
+        if call is not None and call.batch is not None and call.mask is mask and call.batch.batch == hidden.shape[0]:
+            batch = call.batch
+        else:
+            batch = _geometry(binding, hidden, mask)
+        if call is not None:
+            call.batch, call.mask = batch, mask
+            if call.padded is None:
+                call.padded = batch.indices is None or not _may_carry(self._fastencoder.stack, call)
+        values = run_layer(binding, projections, batch, batch.take(hidden))
+        return self._hand_over(binding, call, batch, values)
+
+    def _run_carried(self, binding: Binding, projections: Projections, call: StackCall) -> Any:
+        batch, carried = call.batch, call.carried
+        call.carried = None
+        return self._hand_over(binding, call, batch, run_layer(binding, projections, batch, carried[0]))
+
+    def _hand_over(self, binding: Binding, call: StackCall | None, batch: PackedBatch, values: torch.Tensor) -> Any:
+        """To the next fast layer as packed `[1, T, D]`, to anybody else as padded `[B, S, D]`."""
+        if call is not None and call.schedule[call.position : call.position + 1] == [self]:
+            keep_packed = call.padded is False and isinstance(call.next_layer(), FastLayer)
+            call.position += 1
+            if keep_packed:
+                call.carried = values.unsqueeze(0)
+                return _as_original(binding.spec.adapter, call.carried)
+        padded = batch.to_padded(values)
+        if binding.spec.adapter.time_major:
+            padded = padded.transpose(0, 1)
+        return _as_original(binding.spec.adapter, padded)
+
+    def _run_nested(self, binding: Binding, projections: Projections, hidden: torch.Tensor, mask: Any) -> Any:
+        if mask is not None or hidden.layout is not torch.jagged:
+            raise Delegated("a nested tensor with a mask, or one that is not jagged")
+        if hidden.dtype != projections.dtype or hidden.device != projections.device:
+            raise Delegated("the hidden states have another dtype or device than the weights")
+        batch = PackedBatch.from_nested(hidden)
+        values = run_layer(binding, projections, batch, batch.values)
+        nested = torch.nested.nested_tensor_from_jagged(values, offsets=hidden.offsets())
+        return _as_original(binding.spec.adapter, nested)
+
+    def _run_already_packed(
+        self, binding: Binding, projections: Projections, hidden: torch.Tensor, others: dict[str, Any]
+    ) -> Any:
+        if hidden.shape[0] != 1 or binding.spec.adapter.time_major:
+            raise Delegated("cu_seq_lens_q is given and the hidden states are not [1, T, D]")
+        batch = PackedBatch.from_offsets(hidden[0], others["cu_seq_lens_q"], others.get("max_length_q"))
+        values = run_layer(binding, projections, batch, batch.values)
+        return _as_original(binding.spec.adapter, values.unsqueeze(0))
+
+    def _forward_original(self, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
+        """The original forward, on padded hidden states even if they arrive packed."""
+        if call is not None:
+            if call.carried is not None:
+                carried, padded = call.carried, call.batch.to_padded(call.carried[0])
+                if self._fastencoder.adapter.time_major:
+                    padded = padded.transpose(0, 1)
+                args = tuple(padded if value is carried else value for value in args)
+                kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
+                call.carried = None
+            if call.schedule[call.position : call.position + 1] == [self]:
+                call.position += 1
+        return super().forward(*args, **kwargs)
+
+
+def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
+    """Where the real tokens of `hidden` `[B, S, D]` are. Raises Delegated for anything but key padding."""
+    if mask is None and _is_causal_without_mask(binding):
+        raise Delegated("this attention is causal where no mask is given")
+    if mask is not None and type(mask) is not torch.Tensor:
+        raise Delegated(f"the mask is a {type(mask).__name__}")
+    try:
+        marks = key_padding_mask(mask, *hidden.shape[:2], marks=binding.spec.adapter.mask_marks)
+    except NotAPaddingMask as error:
+        raise Delegated(f"only key padding is fused, and this is {error}") from None
+    return PackedBatch.geometry(hidden, marks)
+
+
+def _is_causal_without_mask(binding: Binding) -> bool:
+    """transformers takes an attention module without an `is_causal` attribute for a causal one, except in eager mode."""
+    config = getattr(binding.attention, "config", None)
+    if config is None or hasattr(binding.attention, "is_causal"):
+        return False
+    return getattr(config, "_attn_implementation", "eager") != "eager"
+
+
+def _may_carry(stack: Stack | None, call: StackCall) -> bool:
+    """Whether packed tokens may travel between the layers of this call: nobody but the layers must see them."""
+    if stack is None or not stack.may_carry or call.wants_hidden_states:
+        return False
+    if "hidden_states" in collected_outputs():
+        return False
+    return not any(has_foreign_hooks(layer) for layer in call.schedule)
+
+
+def _refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
+    if layer.training:
+        raise Delegated("the layer is in training mode")
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        _warn_gradients()
+        raise Delegated("a gradient may be needed")
+    if torch.is_autocast_enabled(hidden.device.type):
+        raise Delegated("autocast is on")
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise Delegated("global module hooks are installed")
+    recorded = collected_outputs() - {"hidden_states", "_hidden_states_layers"}
+    if recorded:
+        raise Delegated(f"{', '.join(sorted(recorded))} are recorded inside the layer")
+
+
+def _refuse_arguments(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value is None or value is False or name in _WITHOUT_EFFECT:
+            continue
+        raise Delegated(f"the argument {name} is given")
+
+
+@lru_cache(maxsize=None)
+def _parameter_names(original_class: type) -> tuple[str, ...]:
+    parameters = list(inspect.signature(original_class.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _read_arguments(
+    original_class: type, mask_name: str, args: tuple, kwargs: dict
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Hidden states, mask, and everything else by name."""
+    names = _parameter_names(original_class)
+    if len(args) > len(names):
+        raise Delegated("the layer is called with more arguments than it takes")
+    given = dict(zip(names, args, strict=False))
+    given.update(kwargs)
+    return given.pop(names[0], None), given.pop(mask_name, None), given
+
+
+def _as_original(adapter: Adapter, hidden: torch.Tensor) -> Any:
+    """In the shape in which the layer's own class returns it."""
+    if adapter.extra_outputs is None:
+        return hidden
+    return (hidden, *(None,) * adapter.extra_outputs)
+
+
+_warned_gradients = False
+
+
+def _warn_gradients() -> None:
+    global _warned_gradients
+    if not _warned_gradients:
+        _warned_gradients = True
+        warnings.warn(
+            "fastencoder: gradients are enabled, so the original layers run and nothing is faster. Wrap the call in "
+            "torch.inference_mode() (or torch.no_grad()) if you do not train.",
+            stacklevel=4,
+        )

@@ -1,0 +1,169 @@
+"""A stack: the layers that one forward of their owner (an encoder module) runs one after the other.
+
+While the owner's forward runs, its fast layers may hand packed tokens to one another, so that padding is dropped before the
+first and put back after the last. Hooks on the owner open and close that window; outside it, every layer takes and returns
+padded hidden states. Nothing here is shared between threads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..eligibility import CAPTURE_MODULE
+from ..packing import PackedBatch
+
+
+@dataclass
+class StackCall:
+    """One forward of a stack's owner, in one thread.
+
+    Args:
+        schedule: the layers in the order in which the owner calls them.
+        position: how many of them have run.
+        wants_hidden_states: the owner was asked, as an argument, to return every layer's output.
+        batch: the geometry of the padded batch, once the first layer has read the mask.
+        mask: the very mask object that `batch` was read from.
+        carried: the packed tensor that the last layer returned, while the tokens are packed.
+    """
+
+    schedule: list[nn.Module]
+    wants_hidden_states: bool = False
+    position: int = 0
+    batch: PackedBatch | None = None
+    mask: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
+    padded: bool | None = field(default=None)
+
+    def next_layer(self) -> nn.Module | None:
+        """The layer that runs after the one at `position`."""
+        following = self.position + 1
+        return self.schedule[following] if following < len(self.schedule) else None
+
+
+class Stack:
+    """The layers in one container of an owner module, and how the owner calls them.
+
+    Args:
+        owner_class: qualified name of the owner's class, for messages.
+        path: where the layers are, as a dotted path from the owner.
+        schedule: "list" or "albert" (`spec.Adapter`).
+        may_carry: False if the loop around the layers is not transformers' own or keeps every layer's output: then each
+            layer returns padded hidden states.
+    """
+
+    def __init__(self, owner_class: str, path: str, schedule: str, may_carry: bool) -> None:
+        self.owner_class = owner_class
+        self.path = path
+        self.schedule = schedule
+        self.may_carry = may_carry
+
+    def layers_of(self, owner: nn.Module) -> list[nn.Module]:
+        """The layers in call order, as they are now."""
+        container = owner.get_submodule(self.path)
+        if self.schedule == "list":
+            return list(container)
+        # ALBERT shares layers: the group of call i is i // (calls / groups), and each group runs all of its layers.
+        config = owner.config
+        per_group = config.num_hidden_layers / config.num_hidden_groups
+        groups = [container[int(call / per_group)] for call in range(config.num_hidden_layers)]
+        return [layer for group in groups for layer in group.albert_layers]
+
+    def install(self, owner: nn.Module) -> None:
+        """Hooks the owner. `remove` undoes it without trace."""
+        owner.register_forward_pre_hook(_OpenStack(self), with_kwargs=True)
+        owner.register_forward_hook(_CloseStack(self), always_call=True)
+
+    @staticmethod
+    def remove(owner: nn.Module) -> None:
+        """Takes every stack's hooks off the owner, also off a copy of a hooked owner."""
+        for hooks, companions in (
+            (owner._forward_pre_hooks, (owner._forward_pre_hooks_with_kwargs,)),
+            (owner._forward_hooks, (owner._forward_hooks_with_kwargs, owner._forward_hooks_always_called)),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _OpenStack | _CloseStack)]:
+                del hooks[key]
+                for companion in companions:
+                    companion.pop(key, None)
+
+
+_local = threading.local()
+
+
+def _calls() -> dict[int, list[StackCall]]:
+    """This thread's open calls, by stack (a list, because a forward may run inside another of the same stack)."""
+    if not hasattr(_local, "calls"):
+        _local.calls = {}
+    return _local.calls
+
+
+def current_call(stack: Stack | None) -> StackCall | None:
+    """The innermost open call of this stack in this thread."""
+    if stack is None:
+        return None
+    calls = _calls().get(id(stack))
+    return calls[-1] if calls else None
+
+
+def abandon_call(stack: Stack | None) -> None:
+    """Forgets this stack's open calls: something went wrong in the middle of one."""
+    _calls().pop(id(stack), None)
+
+
+class _OpenStack:
+    """Forward pre-hook of the owner."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __call__(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            return
+        call = StackCall(self.stack.layers_of(owner), _argument(owner, args, kwargs, "output_hidden_states"))
+        _calls().setdefault(id(self.stack), []).append(call)
+
+
+class _CloseStack:
+    """Forward hook of the owner, called after an exception too."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __call__(self, owner: nn.Module, args: tuple, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        calls = _calls().get(id(self.stack))
+        if not calls:
+            return
+        call = calls.pop()
+        if not calls:
+            abandon_call(self.stack)
+        if call.carried is not None and output is not None:
+            raise RuntimeError(
+                f"{self.stack.owner_class} stopped after {call.position} of {len(call.schedule)} layers, while their tokens "
+                "were packed. Its loop does not run all of its layers: reverse(model), shorten the list of layers to those "
+                "that run, and convert again."
+            )
+
+
+def _argument(owner: nn.Module, args: tuple, kwargs: dict, name: str) -> bool:
+    """Whether an optional flag of the owner's forward is set, given by name or by position."""
+    if name in kwargs:
+        return bool(kwargs[name])
+    if not args:
+        return False
+    parameters = list(inspect.signature(type(owner).forward).parameters)[1:]
+    return name in parameters and parameters.index(name) < len(args) and bool(args[parameters.index(name)])
+
+
+def collected_outputs() -> frozenset[str]:
+    """What transformers is recording from inside the layers in this thread: "hidden_states", "attentions", ..."""
+    capturing = sys.modules.get(CAPTURE_MODULE)
+    collector = capturing._active_collector.get() if capturing is not None else None
+    return frozenset(collector) if collector else frozenset()
+

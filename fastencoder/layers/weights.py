@@ -1,0 +1,123 @@
+"""The six projections of a layer in the form in which they are multiplied, rebuilt when the parameters change.
+
+On the CPU oneDNN keeps a copy of each weight in its own layout (queries, keys and values as one), which is the only memory
+that a conversion costs. Anywhere else the model's own parameters are used as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import kernels
+from ..kernels.linear import cpu as linear_cpu
+from ..spec import LayerSpec
+from .binding import Binding
+
+_QKV = ("query", "key", "value")
+_PROBED = 64  # elements of a weight that are compared before each call
+
+
+class Projections:
+    """Applies a layer's projections to packed tokens `[T, *]`.
+
+    `up`, `out` and `down` are functions `(x, activation="identity", residual=None) -> [T, N]`; `qkv(x)` returns three views
+    `[T, H, d]`.
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        spec = binding.spec
+        self._fingerprint = _fingerprint(binding)
+        self._heads = (spec.num_heads, spec.head_dim)
+        weights = {slot: linear.weight for slot, linear in binding.linears.items()}
+        biases = {slot: linear.bias for slot, linear in binding.linears.items()}
+        self.dtype, self.device = weights["query"].dtype, weights["query"].device
+        self._packed = all(linear_cpu.can_prepack(weight) for weight in weights.values()) and not any(
+            weight.is_inference() for weight in weights.values()  # they change without a version: a copy could be stale
+        )
+        self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self._packed:
+            self._probes = [_probe(weight) for weight in weights.values()]
+            self._qkv_biases = _zero_filled(weights, biases)
+            self._qkv_weight = linear_cpu.prepack(torch.cat([weights[slot].detach() for slot in _QKV]))
+        make = _Prepacked if self._packed else _Plain
+        self.query, self.key, self.value = (_Plain(binding.linears[slot]) for slot in _QKV)
+        self.out, self.up, self.down = (make(binding.linears[slot]) for slot in ("out", "up", "down"))
+
+    def current(self, binding: Binding) -> bool:
+        """Whether these are still the parameters that the binding's modules hold, with the values they had."""
+        return _fingerprint(binding) == self._fingerprint and all(torch.equal(*probe) for probe in self._probes)
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[T, D]` -> queries, keys and values, each `[T, H, d]` (on the CPU: views of one buffer)."""
+        if not self._packed:
+            return tuple(projection(x).view(-1, *self._heads) for projection in (self.query, self.key, self.value))
+        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases)
+        fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
+        return fused.view(-1, 3, *self._heads).unbind(1)
+
+
+class _Prepacked:
+    """The bias stays the model's own; only the weight is a copy."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._weight = linear_cpu.prepack(linear.weight)
+        self._linear = linear
+
+    def __call__(
+        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return linear_cpu.linear_prepacked(x, self._weight, self._linear.bias, activation, residual)
+
+
+class _Plain:
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+
+    def __call__(
+        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return kernels.linear(x, self._linear.weight, self._linear.bias, activation, residual)
+
+
+def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
+    """Bytes that a fast layer allocates beside the model's parameters, given any one of its weights."""
+    if not linear_cpu.can_prepack(weight):
+        return 0
+    return spec.linear_bytes
+
+
+def _zero_filled(
+    weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor | None]
+) -> list[torch.Tensor] | None:
+    """The biases of queries, keys and values; some models have none for keys, and zeros stand for it."""
+    if all(biases[slot] is None for slot in _QKV):
+        return None
+    return [
+        weights[slot].new_zeros(weights[slot].shape[0]) if biases[slot] is None else biases[slot].detach()
+        for slot in _QKV
+    ]
+
+
+def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few spread elements of a weight: a view of them, and what they are now.
+
+    Writing through `weight.data` leaves no other trace: neither the address nor the version changes. PEFT merges adapters
+    that way. A write that misses every probe goes unnoticed; it takes one that changes single elements on purpose.
+    """
+    step = max(weight.numel() // _PROBED, 1) | 1  # odd, so that it does not walk along one column
+    view = weight.detach().flatten()[::step]
+    return view, view.clone()
+
+
+def _fingerprint(binding: Binding) -> tuple:
+    """Changes whenever a projection's parameter is replaced, moved, cast or written to."""
+    marks = []
+    for linear in binding.linears.values():
+        for parameter in linear._parameters.values():
+            if parameter is None:
+                marks.append(None)
+            else:
+                version = 0 if parameter.is_inference() else parameter._version
+                marks.append((parameter.data_ptr(), version, parameter.dtype))
+    return tuple(marks)

@@ -1,0 +1,195 @@
+"""What can be made fast in a model, what cannot, and why: `explain(model)`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from . import registry
+from .eligibility import Finding, inspect_layer
+from .layers import FastLayer
+from .layers.weights import extra_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LAYER_NAMES = ("layer", "layers", "block", "blocks", "h", "resblocks")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a model.
+
+    Args:
+        name: dotted path from the model.
+        layer_class: qualified name of its (original) class.
+        family: what it computes, or None if its class is not known.
+        status: "fast" (converted), "eligible", "refused" (a known encoder layer that fails a check) or "left alone" (no
+            encoder layer, or of a class that is not known).
+        reasons: why it is refused or left alone.
+        extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
+    """
+
+    name: str
+    layer_class: str
+    family: str | None
+    status: str
+    reasons: tuple[str, ...]
+    extra_bytes: int
+
+
+class Report:
+    """The rows of `explain`. Prints as a table, iterates as `LayerRow`s."""
+
+    def __init__(self, model_class: str, rows: list[LayerRow]) -> None:
+        self.model_class = model_class
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[LayerRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _with(self, status: str) -> list[LayerRow]:
+        return [row for row in self.rows if row.status == status]
+
+    @property
+    def eligible(self) -> bool:
+        """Whether `to_fast(model)` would succeed: something is eligible and nothing is refused."""
+        return bool(self._with("eligible")) and not self._with("refused")
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes beside the model's own parameters, of all layers that are or would be fast."""
+        return sum(row.extra_bytes for row in self.rows)
+
+    def summary(self) -> str:
+        """One line."""
+        counts = [(len(self._with(status)), status) for status in ("fast", "eligible", "refused", "left alone")]
+        said = ", ".join(f"{count} {status}" for count, status in counts if count) or "no encoder layer found"
+        memory = f"; extra memory {self.extra_bytes / 2**20:,.1f} MiB" if self.extra_bytes else ""
+        return f"{self.model_class}: {said}{memory}"
+
+    def reasons(self, *statuses: str) -> str:
+        """Each distinct reason once, with the layers that it holds for, as indented lines."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.status in statuses:
+                for reason in row.reasons:
+                    found.setdefault((row.layer_class.rpartition(".")[2], reason), []).append(row.name)
+        return "\n".join(f"  {_some(names)} ({cls}): {reason}" for (cls, reason), names in found.items())
+
+    def table(self) -> Table:
+        """A rich table of at most 100 columns; equal neighbours share a line."""
+        from rich.table import Table
+
+        table = Table(title=self.summary(), title_justify="left", width=100)
+        for heading, ratio in (("layer", 5), ("class", 4), ("family", 2), ("status", 2), ("why not", 6)):
+            table.add_column(heading, ratio=ratio, overflow="fold")
+        for names, row in self._runs():
+            colour = {"fast": "green", "eligible": "green", "refused": "red"}.get(row.status, "dim")
+            class_name = row.layer_class.rpartition(".")[2]
+            table.add_row(
+                names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", "; ".join(row.reasons)
+            )
+        return table
+
+    def _runs(self) -> Iterator[tuple[str, LayerRow]]:
+        start = 0
+        for end in range(1, len(self.rows) + 1):
+            same = end < len(self.rows) and _alike(self.rows[start], self.rows[end])
+            if not same:
+                first, last = self.rows[start].name, self.rows[end - 1].name
+                yield (first if first == last else f"{first} .. {last.rpartition('.')[2]}"), self.rows[start]
+                start = end
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "model_class": self.model_class,
+            "eligible": self.eligible,
+            "extra_bytes": self.extra_bytes,
+            "layers": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(self.table())
+        return text.getvalue().rstrip()
+
+    __repr__ = __str__
+
+
+def _alike(a: LayerRow, b: LayerRow) -> bool:
+    parent_a, parent_b = a.name.rpartition(".")[0], b.name.rpartition(".")[0]
+    return (parent_a, a.layer_class, a.status, a.reasons) == (parent_b, b.layer_class, b.status, b.reasons)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def explain(model: nn.Module) -> Report:
+    """Says for every encoder layer of a model whether it is fast, could be, or why it cannot. Touches nothing.
+
+    A model whose weights are on the meta device is judged as if they were loaded.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+    """
+    return Report(type(model).__name__, [row for row, _ in survey(model, allow_meta=True)])
+
+
+def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, nn.Module]]:
+    """A row for each encoder layer, with the layer itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, such as a model of transformers, not {type(model).__name__}")
+    rows = []
+    for name, module in model.named_modules():
+        row = _row(name, module, allow_meta)
+        if row is not None:
+            rows.append((row, module))
+    return rows
+
+
+def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
+    fast = isinstance(module, FastLayer)
+    layer_class = type(module).original_class if fast else type(module)
+    entry = registry.by_class(layer_class)
+    class_name = registry.qualified_name(layer_class)
+    if entry is None:
+        reason = _unknown(name, module)
+        return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
+    finding = inspect_layer(module, layer_class, allow_meta=allow_meta)
+    memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
+    status = "fast" if fast else _status(finding)
+    return LayerRow(name, class_name, entry.adapter.family, status, finding.reasons, memory)
+
+
+def _status(finding: Finding) -> str:
+    if finding.left_alone:
+        return "left alone"
+    return "eligible" if finding.spec else "refused"
+
+
+def _unknown(name: str, module: nn.Module) -> str | None:
+    """Why a module that sits where layers sit is left alone; None for everything else."""
+    parts = name.split(".")
+    if len(parts) < 2 or not parts[-1].isdigit() or parts[-2] not in _LAYER_NAMES:
+        return None
+    if not any(isinstance(inner, nn.Linear) for inner in module.modules()):
+        return None
+    known = next((base for base in type(module).__mro__[1:] if registry.by_class(base)), None)
+    if known is not None:
+        return f"a subclass of {known.__name__}: its code may differ, so only {known.__name__} itself is fast"
+    if "decoder" in name.lower() or "decoder" in type(module).__name__.lower():
+        return "a decoder layer"
+    return "this layer class is not registered"
+
