@@ -10,6 +10,7 @@ Exit status: 0 done; 1 the answer is no (``explain``: the model would be refused
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -206,7 +207,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, list[str]]:
     """
     quiet()
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _from_folder(folder)
     if folder.is_file():
         raise ModelNotFound(f"'{name}' is a file; MODEL is a folder with config.json, or a model type such as bert")
@@ -274,11 +275,27 @@ def _unwritten(config: PretrainedConfig, model_class: Any) -> PreTrainedModel:
     import transformers
 
     try:
+        if model_class is None and type(config) not in transformers.MODEL_MAPPING:
+            model_class = _any_class_of(config)
         with torch.device("meta"):
             net = model_class._from_config(config) if model_class else transformers.AutoModel.from_config(config)
         return net.to_empty(device="cpu").eval()
     except Exception as error:
         raise ModelNotFound(f"cannot build a model from {type(config).__name__}: {_first_line(error)}") from error
+
+
+def _any_class_of(config: PretrainedConfig) -> Any:
+    """A model class for a config that AutoModel does not know, such as the text half of a two-tower model; or None."""
+    from transformers import PreTrainedModel
+
+    modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    found = [
+        value
+        for name, value in vars(modeling).items()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and not name.endswith("PreTrainedModel")
+        if getattr(value, "config_class", None) is type(config)
+    ]
+    return min(found, key=lambda value: (not value.__name__.endswith("Model"), len(value.__name__)), default=None)
 
 
 def _first_line(error: BaseException) -> str:

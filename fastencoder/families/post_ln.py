@@ -92,7 +92,8 @@ WAV2VEC2_NAMES = NameMap(
     heads="attention.num_heads",
     scaling="attention.scaling",
 )
-WAV2VEC2 = Adapter("post", (WAV2VEC2_NAMES,))
+# With config.add_adapter, strided convolutions over frames follow the encoder.
+WAV2VEC2 = Adapter("post", (WAV2VEC2_NAMES,), padding_is_read="attention.config.add_adapter")
 
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
@@ -124,8 +125,12 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "visual_bert.modeling_visual_bert.VisualBertLayer": "visual_bert",
         },
     ),
-    # CANINE's outer layers attend inside chunks of characters: only the deep, global layers are this family.
-    (replace(BERT_TUPLE, requires={"attention.local": False}), {"canine.modeling_canine.CanineLayer": "canine"}),
+    # CANINE's outer layers attend inside chunks of characters: only the deep, global layers are this family. A convolution
+    # over characters follows them.
+    (
+        replace(BERT_TUPLE, requires={"attention.local": False}, padding_is_read="always"),
+        {"canine.modeling_canine.CanineLayer": "canine"},
+    ),
     (replace(BERT, extra_outputs=1), {"rembert.modeling_rembert.RemBertLayer": "rembert"}),
     (replace(BERT_TUPLE, keeps_hidden_states=True), {"lxmert.modeling_lxmert.LxmertLayer": "lxmert"}),
     (
@@ -140,13 +145,13 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "bart.modeling_bart.BartEncoderLayer": "bart",
             "marian.modeling_marian.MarianEncoderLayer": "marian",
             "blenderbot_small.modeling_blenderbot_small.BlenderbotSmallEncoderLayer": "blenderbot-small",
-            "mvp.modeling_mvp.MvpEncoderLayer": "mvp",
             "plbart.modeling_plbart.PLBartEncoderLayer": "plbart",
             "time_series_transformer.modeling_time_series_transformer.TimeSeriesTransformerEncoderLayer": (
                 "time_series_transformer"
             ),
         },
     ),
+    (replace(BART, extra_outputs=1), {"mvp.modeling_mvp.MvpEncoderLayer": "mvp"}),
     (
         replace(
             BART,

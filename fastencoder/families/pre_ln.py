@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..spec import Adapter, NameMap
-from .post_ln import BART_NAMES, WAV2VEC2_NAMES
+from .post_ln import BART_NAMES, WAV2VEC2
 
 VIT_NAMES = NameMap(
     query="attention.q_proj",
@@ -25,6 +25,8 @@ VIT_NAMES = NameMap(
     scaling="attention.scaling",
 )
 VIT = Adapter("pre", (VIT_NAMES,))
+# Up to transformers 5.17.
+PIXIO = Adapter("pre", (VIT_NAMES, replace(VIT_NAMES, activation="mlp.activation")))
 
 CLIP_NAMES = NameMap(
     query="self_attn.q_proj",
@@ -62,7 +64,7 @@ DINOV2_NESTED_NAMES = replace(
 DINOV2 = Adapter("pre", (DINOV2_NAMES, DINOV2_NESTED_NAMES))
 
 MBART = Adapter("pre", (BART_NAMES,), clamp="always")
-WAV2VEC2_STABLE = Adapter("pre", (WAV2VEC2_NAMES,), requires={"adapter_layer": None})
+WAV2VEC2_STABLE = replace(WAV2VEC2, norm_placement="pre", requires={"adapter_layer": None})
 
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
@@ -74,12 +76,12 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
                 "audio-spectrogram-transformer"
             ),
             "ijepa.modeling_ijepa.IJepaLayer": "ijepa",
-            "pixio.modeling_pixio.PixioLayer": "pixio",
             "vit_mae.modeling_vit_mae.ViTMAELayer": "vit_mae",
             "vit_msn.modeling_vit_msn.ViTMSNLayer": "vit_msn",
             "vivit.modeling_vivit.VivitLayer": "vivit",
         },
     ),
+    (PIXIO, {"pixio.modeling_pixio.PixioLayer": "pixio"}),
     (
         CLIP,
         {

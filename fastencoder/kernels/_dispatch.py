@@ -63,12 +63,7 @@ class Dispatcher:
     def _implementation(self, module: str) -> Callable:
         function = self._loaded.get(module)
         if function is None:
-            try:
-                function = getattr(importlib.import_module(f"{self._package}.{module}"), self.name)
-            except ModuleNotFoundError:  # TEMPORARY until every cpu.py exists
-                if module != "cpu":
-                    raise
-                return self._implementation("reference")
+            function = getattr(importlib.import_module(f"{self._package}.{module}"), self.name)
             self._loaded[module] = function
         return function
 

@@ -80,13 +80,13 @@ def limits_of(capability: tuple[int, int]) -> DeviceLimits:
 
 def configurations(limits: DeviceLimits) -> Iterator[tuple[str, Launch]]:
     """Every configuration that is checked, by name: each operation at the shapes of real encoders."""
-    yield from _attention_configurations()
+    yield from _attention_configurations(limits)
     yield from _linear_configurations(limits)
     yield from _add_norm_configurations()
     yield from _pack_configurations()
 
 
-def _attention_configurations() -> Iterator[tuple[str, Launch]]:
+def _attention_configurations(limits: DeviceLimits) -> Iterator[tuple[str, Launch]]:
     cases = [(dtype, dim, seqlen) for dtype in ("fp16", "fp32") for dim in (32, 64, 80, 128) for seqlen in (128, 512)]
     cases += [("bf16", dim, seqlen) for dim in (64, 128) for seqlen in (16, 32, 64, 128, 512)]
     cases += [("fp16", 256, 128), ("fp16", 256, 512), ("fp32", 64, 32), ("fp32", 256, 512), ("fp32", 256, 128)]
@@ -94,7 +94,7 @@ def _attention_configurations() -> Iterator[tuple[str, Launch]]:
         heads, tokens = 12, 8 * seqlen
         q, k, v = _meta(tokens, 3, heads, dim, dtype=DTYPES[dtype]).unbind(1)
         offsets = _meta(9, dtype=torch.int32)
-        launch = varlen_attention.plan(q, k, v, offsets, seqlen, dim**-0.5, _meta_like(q))
+        launch = varlen_attention.plan(q, k, v, offsets, seqlen, dim**-0.5, _meta_like(q), limits)
         yield f"varlen_attention-{dtype}-d{dim}-s{seqlen}", launch
 
 

