@@ -146,7 +146,7 @@ def demo(
     paragraphs: Annotated[int, typer.Option(min=4, help="How many real paragraphs to embed.")] = 384,
     batch_size: Annotated[int, typer.Option(min=1, help="Paragraphs in a batch.")] = 32,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs of each side.", show_default="3 on a CPU, 9 on CUDA")
+        int | None, typer.Option(min=1, help="Timed runs of each side.", show_default="3 to 15, by time")
     ] = None,
     plot: Annotated[Path, typer.Option(dir_okay=False, help="Where the plot goes.")] = Path("fastencoder-demo.png"),
     folder: Annotated[

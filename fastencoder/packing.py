@@ -92,7 +92,11 @@ class PackedBatch:
 
     def to_nested(self) -> torch.Tensor:
         """A jagged nested tensor `[B, *, D]` over the same memory (the offsets become int64)."""
-        return torch.nested.nested_tensor_from_jagged(self.values, offsets=self.offsets.long())
+        return _jagged(self.values, self.offsets.long(), self.max_seqlen)
+
+    def nested_like(self, nested: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`values` `[T, D]` as a nested tensor with the very offsets of `nested`, so that the two can be added."""
+        return _jagged(values, nested.offsets(), self.max_seqlen)
 
     def with_values(self, values: torch.Tensor) -> PackedBatch:
         """The same batch with other contents `[T, D]`."""
@@ -101,7 +105,7 @@ class PackedBatch:
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """The real tokens `[T, D]` of a padded `[B, S, D]` with this batch's geometry."""
         if self.indices is None:
-            return hidden.reshape(-1, hidden.shape[-1])
+            return hidden.flatten(0, 1)
         return pack(hidden, self.indices)
 
     def to_padded(self, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,8 +114,14 @@ class PackedBatch:
         if not self.seqlen and self.batch:
             raise ValueError("this batch was packed by its owner: it has no padded form")
         if self.indices is None:
-            return values.view(self.batch, self.seqlen, -1)
+            return values.view(self.batch, self.seqlen, values.shape[-1])
         return unpack(values, self.indices, self.batch, self.seqlen)
+
+
+def _jagged(values: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
+    # Without the extreme lengths to_padded_tensor would pad to the number of tokens.
+    shortest = int(offsets.diff().min())
+    return torch.nested.nested_tensor_from_jagged(values, offsets=offsets, min_seqlen=shortest, max_seqlen=longest)
 
 
 @lru_cache(maxsize=64)

@@ -19,15 +19,16 @@ from fastencoder.demo.data import DemoError
 
 __all__ = ["DemoError", "Settings", "run"]
 
-#: Seconds of timed work for each dtype, when the number of rounds is not given.
+#: Seconds of timed work for each dtype, when the number of rounds is not given: for the speed table and for the plot.
 TIME_BUDGET = 20.0
+PLOT_TIME_BUDGET = 10.0
 #: Share of padding in the batches of the plot.
 PADDING_SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line can change. ``rounds`` None: as many as fit ``TIME_BUDGET``, between 3 and 15."""
+    """What the command line can change. ``rounds`` None: 3 to 15, as many as fit the time budgets."""
 
     paragraphs: int = 384
     batch_size: int = 32
@@ -83,8 +84,8 @@ def run(settings: Settings, out: Console) -> bool:
 
         speeds = []
         for pair, one_pass in zip(pairs, seconds, strict=True):
-            rounds = settings.rounds or max(3, min(15, round(TIME_BUDGET / one_pass)))
-            with bar.phase(f"{measure.name(pair.dtype)}: timing, {rounds} rounds", rounds * len(batches)) as tick:
+            rounds = settings.rounds or _rounds(TIME_BUDGET, one_pass)
+            with bar.phase(f"{measure.name(pair.dtype)}: timing", rounds * len(batches)) as tick:
                 speeds.append(measure.interleaved(pair.stock, pair.fast, batches, rounds, tick))
         report.speed(out, dtypes, speeds)
 
@@ -95,6 +96,11 @@ def run(settings: Settings, out: Console) -> bool:
     plot.save(settings.plot, curves, title=f"{data.model_name(folder)}, {report.place(device)}")
     report.saved(out, settings.plot)
     return all(step.passed for step in steps)
+
+
+def _rounds(budget: float, one_pass: float) -> int:
+    """How many passes of ``one_pass`` seconds fit the budget; 3 at least for a median, 15 at most."""
+    return max(3, min(15, round(budget / one_pass)))
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -135,14 +141,13 @@ def _sweep(
 ) -> dict[str, list[plot.Point]]:
     """Speed of both sides over the share of padding, for every dtype."""
     ragged = [data.ragged_batch(tokenizer, texts, share, device) for share in PADDING_SHARES]
-    rounds = settings.rounds or (5 if device.type == "cpu" else 15)
     curves: dict[str, list[plot.Point]] = {}
     for pair in pairs:
         points = curves.setdefault(measure.name(pair.dtype), [])
+        one_pass = sum(measure.answers(side, ragged)[1] for side in (pair.stock, pair.fast))  # also the warm-up
+        rounds = settings.rounds or _rounds(PLOT_TIME_BUDGET, one_pass)
         with bar.phase(f"{measure.name(pair.dtype)}: padding against speed", rounds * len(ragged)) as tick:
             for batch in ragged:
-                measure.answers(pair.stock, [batch])  # warm-up: shapes that neither side has seen
-                measure.answers(pair.fast, [batch])
                 speed = measure.interleaved(pair.stock, pair.fast, [batch], rounds, tick)
                 points.append(plot.Point(batch.padding_share, speed.stock, speed.fast))
     return curves

@@ -109,8 +109,11 @@ def speed(out: Console, dtypes: list[torch.dtype], speeds: list[Speed]) -> None:
         by_round = f"{of.ratio_low:.2f} to {of.ratio_high:.2f}"
         table.add_row(name(dtype), f"{of.stock:,.0f}", f"{of.fast:,.0f}", f"{of.ratio:.2f}x", by_round)
     out.print(table)
-    _line(out, "Real tokens only: padding counts for neither side. The stock side is a second model that fastencoder")
-    _line(out, "never touched. Sorting the texts by length would leave less padding to gain from: see the plot.")
+    _line(
+        out,
+        "Real tokens only: padding counts for neither side. The stock side is a second model that fastencoder never "
+        "touched. Sorting the texts by length would leave less padding to gain from: see the plot.",
+    )
 
 
 def way_back(out: Console, steps: list[Step]) -> None:

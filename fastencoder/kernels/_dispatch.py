@@ -90,7 +90,7 @@ def register(schema: str, run: Callable, fake: Callable) -> None:
 
     Args:
         schema: the operator's schema, without its namespace. No output may alias an input.
-        run: the implementation, for every device.
+        run: the implementation, for every device. It repeats the schema's defaults, which the dispatcher leaves out.
         fake: returns empty outputs with the shapes, dtypes and devices that ``run`` returns.
     """
     name = schema.split("(", 1)[0]

@@ -16,6 +16,10 @@ from ..eligibility import has_foreign_hooks, inspect_layer, lookup
 from ..spec import LINEAR_SLOTS, LayerSpec
 
 
+# Modules that compute the same in training and in evaluation.
+_WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
+
+
 @dataclass(frozen=True)
 class _Watched:
     module: nn.Module
@@ -42,6 +46,7 @@ class Binding:
             for module in layer.modules()
             if module is not layer
         ]
+        self._modal = [watched.module for watched in self._watched if watched.cls not in _WITHOUT_MODES]
         self._layer_children = tuple(layer._modules.values())
         self._layer_patched = "forward" in vars(layer)
         if self.spec is None:
@@ -80,8 +85,8 @@ class Binding:
         return getattr(first, first_name), getattr(second, second_name)
 
     def any_training(self) -> bool:
-        """Whether some inner module (a dropout, say) is in training mode although the layer is not."""
-        return any(watched.module.training for watched in self._watched)
+        """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""
+        return any(module.training for module in self._modal)
 
     @property
     def scale(self) -> float:

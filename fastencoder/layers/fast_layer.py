@@ -71,16 +71,15 @@ class LayerState:
 
     def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
         """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
-        binding = self.binding
-        if binding is None or not binding.holds(layer):
+        binding, projections = self.binding, self.projections
+        if binding is None or not binding.holds(layer) or not (projections is None or projections.current(binding)):
             binding = self.binding = Binding(layer, type(layer).original_class)
-            self.projections = None
+            projections = self.projections = None
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
-        projections = self.projections
-        if projections is None or not projections.current(binding):
+        if projections is None:
             projections = self.projections = Projections(binding)
         return binding, projections
 
@@ -169,8 +168,7 @@ class FastLayer(nn.Module):
             raise Delegated("the hidden states have another dtype or device than the weights")
         batch = PackedBatch.from_nested(hidden)
         values = run_layer(binding, projections, batch, batch.values)
-        nested = torch.nested.nested_tensor_from_jagged(values, offsets=hidden.offsets())
-        return _as_original(binding.spec.adapter, nested)
+        return _as_original(binding.spec.adapter, batch.nested_like(hidden, values))
 
     def _run_already_packed(
         self, binding: Binding, projections: Projections, hidden: torch.Tensor, others: dict[str, Any]

@@ -134,10 +134,10 @@ def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fingerprint(binding: Binding) -> tuple:
-    """Changes whenever a projection's parameter is replaced, moved, cast or written to."""
+    """Changes whenever a parameter is replaced, moved, cast or written to."""
     marks = []
-    for linear in binding.linears.values():
-        for parameter in linear._parameters.values():
+    for module in (*binding.linears.values(), binding.norm1, binding.norm2):
+        for parameter in module._parameters.values():
             if parameter is None:
                 marks.append(None)
             else:

@@ -50,7 +50,7 @@ def _run(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, residual, weight, bias, scale)
     normed, total = _add_norm(x, residual, weight, bias, eps, scale)
@@ -63,7 +63,7 @@ def _fake(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, residual, weight, bias, scale)
     return x.new_empty(x.shape), x.new_empty(x.shape)

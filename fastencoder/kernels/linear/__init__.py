@@ -45,9 +45,9 @@ def linear(
 def _run(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    residual: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    activation: str = "identity",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _check(x, weight, bias, activation, residual)
     if x.is_cuda and _vendor_gemm_is_better(x.dtype, activation, residual):
@@ -70,9 +70,9 @@ def _vendor_gemm_is_better(dtype: torch.dtype, activation: str, residual: torch.
 def _fake(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    residual: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    activation: str = "identity",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _check(x, weight, bias, activation, residual)
     return x.new_empty(x.shape[0], weight.shape[0])

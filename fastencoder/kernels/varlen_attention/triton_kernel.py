@@ -92,8 +92,8 @@ class Block(NamedTuple):
 def choose_block(max_seqlen: int, dim: int, dtype: torch.dtype, limits: DeviceLimits) -> Block:
     """Blocks that leave queries, scores and output of a program in registers."""
     if _is_exact(dtype):
-        return Block(queries=16, keys=16, num_warps=4, num_stages=1)
-    wide = dim * dtype.itemsize > 256  # bytes of a row
+        return Block(queries=16, keys=16, num_warps=4 if dim <= 64 else 8, num_stages=1)
+    wide = dim > (128 if dtype.itemsize == 2 else 32)
     if max_seqlen <= _SINGLE_BLOCK_LIMIT and not wide:
         keys = max(16, next_power_of_2(max_seqlen))
         queries = min(keys, 64)
