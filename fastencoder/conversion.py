@@ -85,12 +85,15 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan = []
     for name, layer in chosen:
-        adapter = registry.by_class(type(layer)).adapter
+        entry = registry.by_class(type(layer))
+        assert entry is not None  # or it would not have been chosen
+        adapter = entry.adapter
         place = _find_stack(modules, name, adapter)
         if place is not None and place not in stacks:
             stacks[place] = (modules[place[0]], _make_stack(modules[place[0]], place[1], type(layer), adapter))
         stack = stacks[place][1] if place is not None else None
-        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack)))
+        padding_is_read = any(type(m).__name__.endswith(adapter.padding_readers) for m in modules.values())
+        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack, padding_is_read)))
     for layer, cls, state in plan:
         object.__setattr__(layer, _STATE, state)
         layer.__class__ = cls
@@ -138,7 +141,7 @@ def reverse(model: Model) -> Model:
     for module in model.modules():
         Stack.remove(module)
     for layer in fast_layers:
-        layer.__class__ = type(layer).original_class
+        layer.__class__ = layer.original_class  # type: ignore[assignment]
         del layer.__dict__[_STATE]
     return model
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class Finding:
     left_alone: bool = False
 
 
-def inspect_layer(layer: nn.Module, layer_class: type | None = None, allow_meta: bool = False) -> Finding:
+def inspect_layer(layer: nn.Module, layer_class: type[nn.Module] | None = None, allow_meta: bool = False) -> Finding:
     """Checks one layer against the adapter of its class.
 
     Args:
@@ -90,9 +91,9 @@ def _missing(layer: nn.Module, names: NameMap) -> list[str]:
     return [path for path in paths if lookup(layer, path) is None]
 
 
-def lookup(layer: nn.Module, path: str) -> object:
+def lookup(layer: nn.Module, path: str) -> Any:
     """The attribute at a dotted path, or None."""
-    found: object = layer
+    found: Any = layer
     for part in path.split("."):
         found = getattr(found, part, None)
         if found is None:
@@ -100,7 +101,7 @@ def lookup(layer: nn.Module, path: str) -> object:
     return found
 
 
-def _checks(layer: nn.Module, layer_class: type, names: NameMap, allow_meta: bool) -> Iterator[str]:
+def _checks(layer: nn.Module, layer_class: type[nn.Module], names: NameMap, allow_meta: bool) -> Iterator[str]:
     yield from _check_own_code(layer, layer_class)
     yield from _check_linears(layer, names)
     yield from _check_norms(layer, names)
@@ -115,9 +116,9 @@ def _checks(layer: nn.Module, layer_class: type, names: NameMap, allow_meta: boo
         )
 
 
-def _check_own_code(layer: nn.Module, layer_class: type) -> Iterator[str]:
+def _check_own_code(layer: nn.Module, layer_class: type[nn.Module]) -> Iterator[str]:
     """Every inner module must run the code of the layer's own file, of torch, or of transformers' activations."""
-    trusted = {layer_class.__module__, "transformers.activations"}
+    trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__)}
     for name, module in layer.named_modules():
         what = name or "the layer itself"
         if "forward" in vars(module):
@@ -132,9 +133,9 @@ def _check_own_code(layer: nn.Module, layer_class: type) -> Iterator[str]:
         cls = type(module)
         if cls.__module__.startswith("torch.nn.modules."):
             continue
-        if cls.__module__ not in trusted and cls.__module__ not in _bases_in_transformers(layer_class):
+        if cls.__module__ not in trusted:
             yield f"{what} is a {registry.qualified_name(cls)}, not the part that {layer_class.__name__} is made of"
-        elif getattr(cls.forward, "__module__", None) not in trusted | _bases_in_transformers(layer_class):
+        elif cls.forward is not nn.Module.forward and getattr(cls.forward, "__module__", None) not in trusted:
             yield f"{cls.__name__}.forward (in {what}) has been replaced by other code"
 
 
@@ -149,10 +150,10 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != CAPTURE_MODULE for hook in module._forward_hooks.values())
 
 
-@lru_cache(maxsize=None)
-def _bases_in_transformers(layer_class: type) -> frozenset[str]:
+@cache
+def _sources(module_name: str) -> frozenset[str]:
     """Modelling files that the layer's own file takes parts from: generated files may import a sibling's modules."""
-    own = sys.modules.get(layer_class.__module__)
+    own = sys.modules.get(module_name)
     classes = [value for value in vars(own).values() if isinstance(value, type) and issubclass(value, nn.Module)]
     return frozenset(cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models."))
 
@@ -212,7 +213,14 @@ def _check_heads(layer: nn.Module, names: NameMap) -> Iterator[str]:
     if not isinstance(heads, int) or query.out_features % heads:
         yield f"{heads!r} heads do not divide the query width {query.out_features}"
         return
-    widths = {query.in_features, key.in_features, value.in_features, out.out_features, up.in_features, down.out_features}
+    widths = {
+        query.in_features,
+        key.in_features,
+        value.in_features,
+        out.out_features,
+        up.in_features,
+        down.out_features,
+    }
     inner = {query.out_features, key.out_features, value.out_features, out.in_features}
     if len(widths) > 1 or len(inner) > 1 or up.out_features != down.in_features:
         yield "its projections have unequal widths (pruned heads, or attention to something else)"
@@ -232,7 +240,7 @@ def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:
         num_heads=heads,
         head_dim=head_dim,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        activation=activation_name(lookup(layer, names.activation)),
+        activation=activation_name(lookup(layer, names.activation)) or "module",
         intermediate_size=linears["up"].out_features,
         linear_bytes=sum(linear.weight.nbytes for linear in linears.values()),
     )

@@ -88,7 +88,7 @@ class PackedBatch:
     @classmethod
     def from_nested(cls, nested: torch.Tensor) -> PackedBatch:
         """The halves of a jagged nested tensor `[B, *, D]`, without a copy."""
-        return cls.from_offsets(nested.values(), nested.offsets())
+        return cls.from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]
 
     def to_nested(self) -> torch.Tensor:
         """A jagged nested tensor `[B, *, D]` over the same memory (the offsets become int64)."""
@@ -96,7 +96,7 @@ class PackedBatch:
 
     def nested_like(self, nested: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`values` `[T, D]` as a nested tensor with the very offsets of `nested`, so that the two can be added."""
-        return _jagged(values, nested.offsets(), self.max_seqlen)
+        return _jagged(values, nested.offsets(), self.max_seqlen)  # type: ignore[attr-defined]
 
     def with_values(self, values: torch.Tensor) -> PackedBatch:
         """The same batch with other contents `[T, D]`."""
@@ -130,9 +130,7 @@ def _uniform_offsets(batch: int, seqlen: int, device: torch.device) -> torch.Ten
         return torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
 
 
-def key_padding_mask(
-    mask: torch.Tensor | None, batch: int, seqlen: int, marks: str = "tokens"
-) -> torch.Tensor | None:
+def key_padding_mask(mask: torch.Tensor | None, batch: int, seqlen: int, marks: str = "tokens") -> torch.Tensor | None:
     """The `[B, S]` mask (True at real tokens) behind whatever mask reached a layer.
 
     Args:
@@ -147,8 +145,12 @@ def key_padding_mask(
         return None
     if mask.dim() == 2 and mask.shape == (batch, seqlen) and not mask.is_floating_point():
         return mask.bool() if marks == "tokens" else mask == 0
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != seqlen or mask.shape[0] not in (1, batch) or (
-        mask.shape[2] not in (1, seqlen)
+    if (
+        mask.dim() != 4
+        or mask.shape[1] != 1
+        or mask.shape[3] != seqlen
+        or mask.shape[0] not in (1, batch)
+        or (mask.shape[2] not in (1, seqlen))
     ):
         raise NotAPaddingMask(f"an attention mask of shape {tuple(mask.shape)}")
     if mask.shape[2] != 1 and mask.stride(2) != 0 and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):

@@ -94,9 +94,7 @@ class Report:
         for names, row in self._runs():
             colour = {"fast": "green", "eligible": "green", "refused": "red"}.get(row.status, "dim")
             class_name = row.layer_class.rpartition(".")[2]
-            table.add_row(
-                names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", "; ".join(row.reasons)
-            )
+            table.add_row(names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", "; ".join(row.reasons))
         return table
 
     def _runs(self) -> Iterator[tuple[str, LayerRow]]:
@@ -160,8 +158,7 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
 
 
 def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
-    fast = isinstance(module, FastLayer)
-    layer_class = type(module).original_class if fast else type(module)
+    layer_class = module.original_class if isinstance(module, FastLayer) else type(module)
     entry = registry.by_class(layer_class)
     class_name = registry.qualified_name(layer_class)
     if entry is None:
@@ -169,7 +166,7 @@ def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
         return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
     finding = inspect_layer(module, layer_class, allow_meta=allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
-    status = "fast" if fast else _status(finding)
+    status = "fast" if isinstance(module, FastLayer) else _status(finding)
     return LayerRow(name, class_name, entry.adapter.family, status, finding.reasons, memory)
 
 
@@ -184,7 +181,7 @@ def _unknown(name: str, module: nn.Module) -> str | None:
     parts = name.split(".")
     if len(parts) < 2 or not parts[-1].isdigit() or parts[-2] not in _LAYER_NAMES:
         return None
-    if not any(isinstance(inner, nn.Linear) for inner in module.modules()):
+    if not any(parameter.dim() == 2 for parameter in module.parameters()):
         return None
     known = next((base for base in type(module).__mro__[1:] if registry.by_class(base)), None)
     if known is not None:
@@ -192,4 +189,3 @@ def _unknown(name: str, module: nn.Module) -> str | None:
     if "decoder" in name.lower() or "decoder" in type(module).__name__.lower():
         return "a decoder layer"
     return "this layer class is not registered"
-

@@ -66,9 +66,10 @@ class Adapter:
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
-        padding_is_read: "" if nothing after the layers reads the hidden states at padding; "always", or the path of an
-            attribute of the layer that says so (the flag of a convolution behind the encoder). Such a batch, if it has
-            padding, runs through the original layers: zeros at padding would change the answers for real tokens.
+        padding_is_read: True if what follows the layers reads the hidden states at padding, or the path of an attribute of
+            the layer that says so (the flag of a convolution behind the encoder). Zeros there would change the answers for
+            real tokens, so a batch that has padding runs through the original layers.
+        padding_readers: the same, said by the presence of a module in the converted model: endings of class names.
         schedule: how the loop around the layers calls them: "list" (each layer of the container once, in order) or
             "albert" (shared layers, called in groups).
     """
@@ -83,7 +84,8 @@ class Adapter:
     requires: Mapping[str, object] = field(default_factory=dict)
     decoder: str | None = None
     keeps_hidden_states: bool = False
-    padding_is_read: str = ""
+    padding_is_read: bool | str = False
+    padding_readers: tuple[str, ...] = ()
     schedule: Literal["list", "albert"] = "list"
 
     @property

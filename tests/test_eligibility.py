@@ -52,13 +52,19 @@ class Wrapped(nn.Module):
 
 
 CHANGES = {
-    "wrapped linear": (_set("attention.self.query", Wrapped), "attention.self.query is a .*Wrapped, not a plain nn.Linear"),
+    "wrapped linear": (
+        _set("attention.self.query", Wrapped),
+        "attention.self.query is a .*Wrapped, not a plain nn.Linear",
+    ),
     "subclassed linear": (_set("output.dense", lambda m: OtherLinear(80, 48)), "output.dense is a .*OtherLinear"),
     "parametrised linear": (
         lambda layer: parametrizations.weight_norm(layer.intermediate.dense),
         "intermediate.dense is a .*ParametrizedLinear",
     ),
-    "other norm": (_set("output.LayerNorm", lambda m: nn.RMSNorm(48)), "output.LayerNorm is a .*RMSNorm, not nn.LayerNorm"),
+    "other norm": (
+        _set("output.LayerNorm", lambda m: nn.RMSNorm(48)),
+        "output.LayerNorm is a .*RMSNorm, not nn.LayerNorm",
+    ),
     "norm without weight": (
         _set("output.LayerNorm", lambda m: nn.LayerNorm(48, elementwise_affine=False)),
         "output.LayerNorm has no weight",
@@ -75,7 +81,10 @@ CHANGES = {
         ),
         "not a known element-wise activation",
     ),
-    "added adapter": (lambda layer: layer.output.add_module("adapter", nn.Linear(48, 48)), "output.adapter.weight is not part"),
+    "added adapter": (
+        lambda layer: layer.output.add_module("adapter", nn.Linear(48, 48)),
+        "output.adapter.weight is not part",
+    ),
     "added parameter": (
         lambda layer: layer.register_parameter("gate", nn.Parameter(torch.zeros(1))),
         "gate is not part of this family",
@@ -97,14 +106,20 @@ CHANGES = {
         lambda layer: setattr(layer.output, "forward", layer.output.forward),
         "somebody has replaced the forward of output",
     ),
-    "mixed dtypes": (lambda layer: layer.output.dense.to(torch.bfloat16), "mixed dtypes: torch.bfloat16, torch.float32"),
+    "mixed dtypes": (
+        lambda layer: layer.output.dense.to(torch.bfloat16),
+        "mixed dtypes: torch.bfloat16, torch.float32",
+    ),
     "meta weights": (lambda layer: layer.output.dense.to("meta"), "several devices: cpu, meta"),
     "missing part": (lambda layer: delattr(layer.output, "LayerNorm"), "no output.LayerNorm"),
     "unequal widths": (
         _set("attention.self.value", lambda m: nn.Linear(48, 32)),
         "unequal widths",
     ),
-    "heads that do not divide": (lambda layer: setattr(layer.attention.self, "num_attention_heads", 5), "5 heads do not divide"),
+    "heads that do not divide": (
+        lambda layer: setattr(layer.attention.self, "num_attention_heads", 5),
+        "5 heads do not divide",
+    ),
 }
 
 
@@ -183,7 +198,9 @@ def test_variants_inside_a_known_class() -> None:
     swiglu = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, image_size=28, patch_size=14, mlp_ratio=2, **tiny.SIZES))
     with pytest.raises(NotEligibleError, match="does not have the parts"):
         to_fast(swiglu)
-    sizes = dict(conv_dim=(16,), conv_kernel=(4,), conv_stride=(4,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    sizes = dict(
+        conv_dim=(16,), conv_kernel=(4,), conv_stride=(4,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2
+    )
     adapters = Wav2Vec2Config(vocab_size=9, do_stable_layer_norm=True, adapter_attn_dim=8, **sizes, **tiny.SIZES)
     with pytest.raises(NotEligibleError, match="adapter_layer"):
         to_fast(Wav2Vec2Model(adapters))

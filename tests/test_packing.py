@@ -81,7 +81,9 @@ def test_other_masks_are_refused(mask: torch.Tensor) -> None:
 
 
 def test_nested_tensors_share_their_memory() -> None:
-    batch = PackedBatch.from_padded(torch.randn(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]]))
+    batch = PackedBatch.from_padded(
+        torch.randn(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
+    )
     nested = batch.to_nested()
     assert nested.values().data_ptr() == batch.values.data_ptr()
     assert [row.shape[0] for row in nested.unbind()] == [2, 5, 1]

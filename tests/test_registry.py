@@ -65,7 +65,7 @@ def test_bad_registrations(name, adapter, error, says) -> None:
 
 def third_party() -> types.ModuleType:
     """A module with a layer of its own: BERT's parts, written by somebody else."""
-    source = '''
+    source = """
 import torch
 from torch import nn
 
@@ -95,7 +95,7 @@ class MyEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-'''
+"""
     module = types.ModuleType("third_party_encoder")
     sys.modules[module.__name__] = module
     exec(compile(source, module.__name__, "exec"), module.__dict__)

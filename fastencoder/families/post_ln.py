@@ -92,8 +92,13 @@ WAV2VEC2_NAMES = NameMap(
     heads="attention.num_heads",
     scaling="attention.scaling",
 )
-# With config.add_adapter, strided convolutions over frames follow the encoder.
-WAV2VEC2 = Adapter("post", (WAV2VEC2_NAMES,), padding_is_read="attention.config.add_adapter")
+# Convolutions over frames follow the encoder with config.add_adapter, and in the speaker models (TDNN layers).
+WAV2VEC2 = Adapter(
+    "post",
+    (WAV2VEC2_NAMES,),
+    padding_is_read="attention.config.add_adapter",
+    padding_readers=("TDNNLayer",),
+)
 
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
@@ -128,7 +133,7 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
     # CANINE's outer layers attend inside chunks of characters: only the deep, global layers are this family. A convolution
     # over characters follows them.
     (
-        replace(BERT_TUPLE, requires={"attention.local": False}, padding_is_read="always"),
+        replace(BERT_TUPLE, requires={"attention.local": False}, padding_is_read=True),
         {"canine.modeling_canine.CanineLayer": "canine"},
     ),
     (replace(BERT, extra_outputs=1), {"rembert.modeling_rembert.RemBertLayer": "rembert"}),

@@ -102,7 +102,7 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "owlvit.modeling_owlvit.OwlViTEncoderLayer": "owlvit owlvit_vision_model owlvit_text_model",
             "owlv2.modeling_owlv2.Owlv2EncoderLayer": "owlv2 owlv2_vision_model owlv2_text_model",
             "smolvlm.modeling_smolvlm.SmolVLMEncoderLayer": "smolvlm smolvlm_vision",
-            "x_clip.modeling_x_clip.XCLIPEncoderLayer": "xclip xclip_vision_model xclip_text_model",
+            "x_clip.modeling_x_clip.XCLIPEncoderLayer": "xclip xclip_text_model",
         },
     ),
     (

@@ -15,7 +15,6 @@ from torch import nn
 from ..eligibility import has_foreign_hooks, inspect_layer, lookup
 from ..spec import LINEAR_SLOTS, LayerSpec
 
-
 # Modules that compute the same in training and in evaluation.
 _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
 

@@ -7,21 +7,24 @@ the class of that name, made when it is first asked for. (A dot would make pickl
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache, reduce
+from functools import reduce
 
 from torch import nn
 
 from .fast_layer import FastLayer
 
+_made: dict[type[nn.Module], type[FastLayer]] = {}
 
-@lru_cache(maxsize=None)
+
 def fast_class(layer_class: type[nn.Module]) -> type[FastLayer]:
     """The fast subclass of a layer class; always the same object for the same class."""
+    if layer_class in _made:
+        return _made[layer_class]
     fast = type(f"Fast{layer_class.__name__}", (FastLayer, layer_class), {"original_class": layer_class})
     fast.__module__ = __name__
     fast.__qualname__ = f"{layer_class.__module__}:{layer_class.__qualname__}".replace(".", "/")
     fast.__doc__ = f"`{layer_class.__qualname__}` on packed tokens, through fused kernels."
-    return fast
+    return _made.setdefault(layer_class, fast)
 
 
 def __getattr__(name: str) -> type[FastLayer]:

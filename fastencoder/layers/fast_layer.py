@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,9 +50,10 @@ class LayerState:
         last_reason: why the latest delegated call was.
     """
 
-    def __init__(self, adapter: Adapter, stack: Stack | None) -> None:
+    def __init__(self, adapter: Adapter, stack: Stack | None, padding_is_read: bool = False) -> None:
         self.adapter = adapter
         self.stack = stack
+        self.padding_is_read = padding_is_read
         self._forget()
 
     def _forget(self) -> None:
@@ -63,11 +64,17 @@ class LayerState:
         self.last_reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"adapter": self.adapter, "stack": self.stack}  # a copy of the layer finds its own parts and weights
+        # A copy of the layer finds its own parts and weights.
+        return {"adapter": self.adapter, "stack": self.stack, "padding_is_read": self.padding_is_read}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def reads_padding(self, layer: nn.Module) -> bool:
+        """Whether code behind the layers reads the hidden states at padding (`spec.Adapter.padding_is_read`)."""
+        said = self.adapter.padding_is_read
+        return self.padding_is_read or (bool(lookup(layer, said)) if isinstance(said, str) else said)
 
     def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
         """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
@@ -118,7 +125,9 @@ class FastLayer(nn.Module):
         if hidden.is_nested:
             return self._run_nested(binding, projections, hidden, mask)
         if type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3:
-            raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
+            raise Delegated(
+                f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]"
+            )
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         if call is not None and call.carried is hidden:
@@ -135,7 +144,9 @@ class FastLayer(nn.Module):
         if call is not None and call.batch is not None and call.mask is mask and call.batch.batch == hidden.shape[0]:
             batch = call.batch
         else:
-            batch = _geometry(self, binding, hidden, mask)
+            batch = _geometry(binding, hidden, mask)
+            if batch.indices is not None and self._fastencoder.reads_padding(self):
+                raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
         if call is not None:
             call.batch, call.mask = batch, mask
             if call.padded is None:
@@ -194,7 +205,7 @@ class FastLayer(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def _geometry(layer: nn.Module, binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
+def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
     """Where the real tokens of `hidden` `[B, S, D]` are. Raises Delegated for anything but key padding."""
     if mask is None and _is_causal_without_mask(binding):
         raise Delegated("this attention is causal where no mask is given")
@@ -204,15 +215,7 @@ def _geometry(layer: nn.Module, binding: Binding, hidden: torch.Tensor, mask: An
         marks = key_padding_mask(mask, *hidden.shape[:2], marks=binding.spec.adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
-    batch = PackedBatch.geometry(hidden, marks)
-    if batch.indices is not None and _padding_is_read(layer, binding.spec.adapter):
-        raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
-    return batch
-
-
-def _padding_is_read(layer: nn.Module, adapter: Adapter) -> bool:
-    path = adapter.padding_is_read
-    return path == "always" or bool(path and lookup(layer, path))
+    return PackedBatch.geometry(hidden, marks)
 
 
 def _is_causal_without_mask(binding: Binding) -> bool:
@@ -254,15 +257,13 @@ def _refuse_arguments(others: dict[str, Any]) -> None:
         raise Delegated(f"the argument {name} is given")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parameter_names(original_class: type) -> tuple[str, ...]:
     parameters = list(inspect.signature(original_class.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def _read_arguments(
-    original_class: type, mask_name: str, args: tuple, kwargs: dict
-) -> tuple[Any, Any, dict[str, Any]]:
+def _read_arguments(original_class: type, mask_name: str, args: tuple, kwargs: dict) -> tuple[Any, Any, dict[str, Any]]:
     """Hidden states, mask, and everything else by name."""
     names = _parameter_names(original_class)
     if len(args) > len(names):

@@ -166,4 +166,3 @@ def collected_outputs() -> frozenset[str]:
     capturing = sys.modules.get(CAPTURE_MODULE)
     collector = capturing._active_collector.get() if capturing is not None else None
     return frozenset(collector) if collector else frozenset()
-

@@ -42,8 +42,11 @@ class Projections:
         weights = {slot: linear.weight for slot, linear in binding.linears.items()}
         biases = {slot: linear.bias for slot, linear in binding.linears.items()}
         self.dtype, self.device = weights["query"].dtype, weights["query"].device
-        self.fuses_residual = self._packed = all(linear_cpu.can_prepack(weight) for weight in weights.values()) and not any(
-            weight.is_inference() for weight in weights.values()  # they change without a version: a copy could be stale
+        self.fuses_residual = self._packed = all(
+            linear_cpu.can_prepack(weight) for weight in weights.values()
+        ) and not any(
+            weight.is_inference()
+            for weight in weights.values()  # they change without a version: a copy could be stale
         )
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self._packed:
@@ -90,7 +93,9 @@ class _Prepacked:
         weight, bias = self.linear.weight, self.linear.bias
         if x.dtype == weight.dtype:
             return linear_cpu.linear_prepacked(x, self._weight, bias, activation, residual)
-        return linear_cpu.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation, residual)
+        return linear_cpu.linear(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation, residual
+        )
 
 
 class _Plain:
@@ -110,9 +115,7 @@ def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
     return spec.linear_bytes
 
 
-def _zero_filled(
-    weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor | None]
-) -> list[torch.Tensor] | None:
+def _zero_filled(weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor | None]) -> list[torch.Tensor] | None:
     """The biases of queries, keys and values; some models have none for keys, and zeros stand for it."""
     if all(biases[slot] is None for slot in _QKV):
         return None

@@ -1,0 +1,90 @@
+# make demo    accelerate the real all-MiniLM-L6-v2 and show what happened
+# make test    every test: ruff, the public API's types, pytest
+# make lint    ruff and types only
+# make gpu     tests and first numbers on a CUDA machine; uses that machine's own Python, installs nothing
+# make clean   remove .venv and everything that was generated
+#
+# Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
+#
+#   PYTHON=python3.12                      another interpreter for .venv
+#   TORCH=torch==2.11.0                    another torch (anything pip accepts: a version, a wheel's path)
+#   VENV_ARGS=--system-site-packages       see the machine's own packages, e.g. a CUDA torch that is installed already
+
+# python3.11 may exist as a name without an interpreter behind it, so it is run and not only looked up.
+PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
+VENV ?= .venv
+VENV_ARGS ?=
+
+# torch is installed before anything else, or the package's own requirement would be resolved to the newest release
+# with its gigabytes of CUDA libraries. On a machine with an NVIDIA driver those libraries are what is wanted.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
+
+# Worker processes of pytest. One thread each: more only fight over the cores.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# The models used here are local; nothing may try to reach a model hub.
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# The stamp's name carries the requirement, so that `make TORCH=...` installs again.
+empty :=
+space := $(empty) $(empty)
+TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
+
+.PHONY: help demo test lint style types pytest format gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || \
+	    { echo "python -m venv failed; on Debian or Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(TORCH_STAMP): | $(BIN)/python
+	@echo "installing $(TORCH) into $(VENV)"
+	@$(PIP) '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(TORCH_STAMP)
+	@echo "installing fastencoder[demo] into $(VENV)"
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(TORCH_STAMP)
+	@echo "installing fastencoder[test,demo] into $(VENV)"
+	@$(PIP) --editable '.[test,demo]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	@$(RUN) $(BIN)/fastencoder demo
+
+# All of them, also when one fails; pytest's closing line comes last.
+test: $(VENV)/.test
+	@failed=; for step in style types pytest; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+	    if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+lint: style types
+
+style: $(VENV)/.test
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+
+gpu:
+	PYTHONPATH=. $(RUN) python3 benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png
+	find fastencoder tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

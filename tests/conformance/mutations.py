@@ -1,0 +1,70 @@
+"""Dropping one term of a stock layer at a time: what a wrong fast layer might do, done on purpose.
+
+Each mutation has a name and a function that changes a model in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from . import weights
+
+Mutation = tuple[str, Callable[[nn.Module], None]]
+_KEY = ("key", "k_proj", "k_lin")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+_SCALE = ("scaling", "scale")
+
+
+def mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
+    """Every single-term mutation of each of ``layers``, which are modules of ``model``."""
+    for name, layer in _named(model, layers):
+        yield from _of_layer(name, layer)
+
+
+def key_bias_mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
+    """Dropping a key bias, which must change nothing."""
+    for name, layer in _named(model, layers):
+        for inner, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and module.bias is not None and inner.split(".")[-1] in _KEY:
+                yield f"{name}.{inner}.bias", _fill(f"{name}.{inner}", "bias", 0.0)
+
+
+def _named(model: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    wanted = {id(layer) for layer in layers}
+    return ((name, module) for name, module in model.named_modules() if id(module) in wanted)
+
+
+def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
+    for inner, module in layer.named_modules():
+        path = f"{name}.{inner}" if inner else name
+        if isinstance(module, nn.Linear) and module.bias is not None and inner.split(".")[-1] not in _KEY:
+            yield f"{path}.bias", _fill(path, "bias", 0.0)
+        if weights.is_norm(module):
+            yield f"{path}.eps", _eps(path)
+            yield f"{path}.weight", _fill(path, "weight", 1.0)
+            if getattr(module, "bias", None) is not None:
+                yield f"{path}.bias", _fill(path, "bias", 0.0)
+        for attribute in _SCALE:
+            if isinstance(getattr(module, attribute, None), float):
+                yield f"{path}.{attribute}", _attribute(path, attribute, 1.0)
+        for parameter, _ in module.named_parameters(recurse=False):
+            if "lambda" in parameter:
+                yield f"{path}.{parameter}", _fill(path, parameter, 1.0)
+
+
+def _fill(path: str, parameter: str, value: float) -> Callable[[nn.Module], None]:
+    def apply(model: nn.Module) -> None:
+        with torch.no_grad():
+            getattr(model.get_submodule(path), parameter).fill_(value)
+
+    return apply
+
+
+def _eps(path: str) -> Callable[[nn.Module], None]:
+    return lambda model: weights.set_eps(model.get_submodule(path), 1e-12)
+
+
+def _attribute(path: str, attribute: str, value: float) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model.get_submodule(path), attribute, value)
