@@ -74,8 +74,8 @@ def run(settings: Settings, out: Console) -> bool:
         return False
 
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
+    pairs = [Pair.of(model, dtype) for dtype in dtypes]
     with torch.inference_mode(), report.progress(out) as bar:
-        pairs = [Pair.of(model, dtype) for dtype in dtypes]
         checks, seconds = _check_answers(pairs, batches, bar)
         report.agreement(out, checks)
         if not all(check.passed for check in checks):

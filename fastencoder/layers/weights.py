@@ -40,26 +40,21 @@ class Projections:
         self._fingerprint = _fingerprint(binding)
         self._heads = (spec.num_heads, spec.head_dim)
         weights = {slot: linear.weight for slot, linear in binding.linears.items()}
-        biases = {slot: linear.bias for slot, linear in binding.linears.items()}
         self.dtype, self.device = weights["query"].dtype, weights["query"].device
-        self.fuses_residual = self._packed = all(
-            linear_cpu.can_prepack(weight) for weight in weights.values()
-        ) and not any(
-            weight.is_inference()
-            for weight in weights.values()  # they change without a version: a copy could be stale
-        )
+        self._prepacked = all(_may_prepack(weight) for weight in weights.values())
+        self.fuses_residual = self._prepacked
+        self._qkv_biases = _qkv_biases(binding.linears)
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if self._packed:
+        if self._prepacked:
             self._probes = [_probe(weight) for weight in weights.values()]
-            self._qkv_biases = _zero_filled(weights, biases)
             self._qkv_weight = linear_cpu.prepack(torch.cat([weights[slot].detach() for slot in _QKV]))
-        make = _Prepacked if self._packed else _Plain
+        make = _Prepacked if self._prepacked else _Plain
         self.query, self.key, self.value = (_Plain(binding.linears[slot]) for slot in _QKV)
         self.out, self.up, self.down = (make(binding.linears[slot]) for slot in ("out", "up", "down"))
 
     def working_dtype(self, tokens: int) -> torch.dtype:
         """The dtype to compute in: that of the weights, or float32 where the processor is faster in it."""
-        if self._packed and linear_cpu.float32_is_faster(self.dtype, tokens):
+        if self.device.type == "cpu" and linear_cpu.float32_is_faster(self.dtype, tokens):
             return torch.float32
         return self.dtype
 
@@ -69,59 +64,66 @@ class Projections:
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`[T, D]` -> queries, keys and values, each `[T, H, d]` (on the CPU: views of one buffer)."""
-        if not self._packed:
-            return tuple(projection(x).view(-1, *self._heads) for projection in (self.query, self.key, self.value))
-        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases)
-        if x.dtype == self.dtype:
+        projections = (self.query, self.key, self.value)
+        if self.device.type != "cpu":
+            return tuple(projection(x).view(-1, *self._heads) for projection in projections)
+        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).to(x.dtype)
+        if self._prepacked and x.dtype == self.dtype:
             fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
         else:
-            weight = torch.cat([linear.weight for linear in (self.query.linear, self.key.linear, self.value.linear)])
-            fused = linear_cpu.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            weight = torch.cat([projection.linear.weight for projection in projections])
+            fused = linear_cpu.linear(x, weight.to(x.dtype), bias)
         return fused.view(-1, 3, *self._heads).unbind(1)
 
 
-class _Prepacked:
-    """The bias stays the model's own; only the weight is a copy."""
+class _Plain:
+    """The module's own weight, cast where the working dtype is another."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self._weight = linear_cpu.prepack(linear.weight)
         self.linear = linear
 
     def __call__(
         self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         weight, bias = self.linear.weight, self.linear.bias
-        if x.dtype == weight.dtype:
-            return linear_cpu.linear_prepacked(x, self._weight, bias, activation, residual)
-        return linear_cpu.linear(
-            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation, residual
-        )
+        if weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return kernels.linear(x, weight, bias, activation, residual)
 
 
-class _Plain:
+class _Prepacked(_Plain):
+    """A copy of the weight in oneDNN's layout; the bias stays the module's own."""
+
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
+        super().__init__(linear)
+        self._weight = linear_cpu.prepack(linear.weight)
 
     def __call__(
         self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return kernels.linear(x, self.linear.weight, self.linear.bias, activation, residual)
+        if x.dtype != self.linear.weight.dtype:
+            return super().__call__(x, activation, residual)
+        return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual)
 
 
 def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
     """Bytes that a fast layer allocates beside the model's parameters, given any one of its weights."""
-    if not linear_cpu.can_prepack(weight):
-        return 0
-    return spec.linear_bytes
+    return spec.linear_bytes if _may_prepack(weight) else 0
 
 
-def _zero_filled(weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor | None]) -> list[torch.Tensor] | None:
+def _may_prepack(weight: torch.Tensor) -> bool:
+    # A tensor made in inference mode changes without a version: a copy of it could be stale.
+    return linear_cpu.can_prepack(weight) and not weight.is_inference()
+
+
+def _qkv_biases(linears: dict[str, nn.Linear]) -> list[torch.Tensor] | None:
     """The biases of queries, keys and values; some models have none for keys, and zeros stand for it."""
-    if all(biases[slot] is None for slot in _QKV):
+    modules = [linears[slot] for slot in _QKV]
+    if all(module.bias is None for module in modules):
         return None
     return [
-        weights[slot].new_zeros(weights[slot].shape[0]) if biases[slot] is None else biases[slot].detach()
-        for slot in _QKV
+        module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.detach()
+        for module in modules
     ]
 
 
