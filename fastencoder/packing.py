@@ -63,7 +63,7 @@ class PackedBatch:
             return cls(nothing, _uniform_offsets(batch, seqlen, hidden.device), seqlen, None, batch, seqlen)
         offsets = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
         torch.cumsum(lengths, dim=0, out=offsets[1:])
-        indices = torch.nonzero_static(mask.flatten(), size=sum(on_host)).flatten()
+        indices = _positions(mask.flatten(), sum(on_host))
         return cls(nothing, offsets, max(on_host), indices, batch, seqlen)
 
     @classmethod
@@ -116,6 +116,13 @@ class PackedBatch:
         if self.indices is None:
             return values.view(self.batch, self.seqlen, values.shape[-1])
         return unpack(values, self.indices, self.batch, self.seqlen)
+
+
+def _positions(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """The positions of the `count` True entries of `flat`, without asking the device how many there are."""
+    slot = torch.where(flat, flat.cumsum(0) - 1, count)  # everything else is written to one slot more, and dropped
+    positions = torch.empty(count + 1, dtype=torch.int64, device=flat.device)
+    return positions.scatter_(0, slot, torch.arange(flat.numel(), device=flat.device))[:count]
 
 
 def _jagged(values: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:

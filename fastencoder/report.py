@@ -30,7 +30,7 @@ class LayerRow:
         family: what it computes, or None if its class is not known.
         status: "fast" (converted), "eligible", "refused" (a known encoder layer that fails a check) or "left alone" (no
             encoder layer, or of a class that is not known).
-        reasons: why it is refused or left alone.
+        reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did.
         extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
     """
 
@@ -166,8 +166,17 @@ def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
         return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
     finding = inspect_layer(module, layer_class, allow_meta=allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
-    status = "fast" if isinstance(module, FastLayer) else _status(finding)
-    return LayerRow(name, class_name, entry.adapter.family, status, finding.reasons, memory)
+    if isinstance(module, FastLayer):
+        return LayerRow(name, class_name, entry.adapter.family, "fast", _delegations(module), memory)
+    return LayerRow(name, class_name, entry.adapter.family, _status(finding), finding.reasons, memory)
+
+
+def _delegations(layer: FastLayer) -> tuple[str, ...]:
+    state = layer._fastencoder
+    if not state.delegated_calls:
+        return ()
+    every = state.delegated_calls + state.fast_calls
+    return (f"{state.delegated_calls} of {every} calls ran the original layer; the latest because {state.last_reason}",)
 
 
 def _status(finding: Finding) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fastencoder import to_fast
+from fastencoder import explain, to_fast
 from fastencoder.layers import FastLayer
 
 from . import tiny
@@ -125,6 +125,19 @@ def test_a_dropout_in_training_mode_runs_the_original_layer(models) -> None:
     assert tiny.reasons(fast) == {"a part of the layer is in training mode"}
 
 
+def test_explain_says_why_calls_were_not_fast(models) -> None:
+    _, fast = models
+    with torch.inference_mode():
+        fast(**tiny.ragged())
+        assert all(row.reasons == () for row in explain(fast))
+        fast.encoder.layer[1].train()
+        fast(**tiny.ragged())
+    says = {row.name: row.reasons for row in explain(fast)}
+    assert says["encoder.layer.0"] == ()
+    assert says["encoder.layer.1"][0].startswith("1 of 2 calls ran the original layer")
+    assert "training" in says["encoder.layer.1"][0]
+
+
 def test_gradients_warn_once() -> None:
     from fastencoder.layers import fast_layer
 
@@ -142,6 +155,19 @@ def test_autocast_runs_the_original_layers(models) -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(**inputs).last_hidden_state, stock(**inputs).last_hidden_state)
     assert tiny.reasons(fast) == {"autocast is on"}
+
+
+def test_functional_calls_and_vmap(models) -> None:
+    stock, fast = models
+    inputs = tiny.ragged()
+    other = {name: value.detach() * 1.1 for name, value in stock.named_parameters()}
+    with torch.inference_mode():
+        expected, got = (torch.func.functional_call(m, other, kwargs=inputs).last_hidden_state for m in (stock, fast))
+    assert torch.equal(got, expected)
+    hidden = torch.randn(2, 3, 12, 48)
+    with torch.no_grad():
+        expected, got = (torch.func.vmap(m.encoder.layer[0])(hidden) for m in (stock, fast))
+    assert torch.equal(got, expected)
 
 
 def test_compiled_and_traced_models_give_the_same_answers(models) -> None:

@@ -108,6 +108,17 @@ def test_casts_while_fast(dtype: torch.dtype) -> None:
     assert tiny.calls(model) == (9, 0)
 
 
+def test_a_half_cast_layer_runs_fast_again_once_it_is_whole() -> None:
+    model, inputs = to_fast(tiny.bert()), tiny.ragged()
+    with torch.inference_mode():
+        model.encoder.layer[1].output.to(torch.float64)
+        with pytest.raises(RuntimeError):  # the stock layer's own error
+            model(**inputs)
+        model.double()
+        model(**inputs)
+    assert tiny.calls(model) == (4, 1)
+
+
 @pytest.mark.parametrize("tokens", [8, 512])  # few and many: other code multiplies them
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_at_most_twice_as_far_off_as_stock(dtype: torch.dtype, tokens: int) -> None:

@@ -49,6 +49,7 @@ class Binding:
         self._layer_children = tuple(layer._modules.values())
         self._layer_patched = "forward" in vars(layer)
         if self.spec is None:
+            self._tensors = _tensors(layer)
             return
         names = self.spec.names
         self.linears: dict[str, nn.Linear] = {slot: lookup(layer, getattr(names, slot)) for slot in LINEAR_SLOTS}
@@ -74,7 +75,8 @@ class Binding:
                 return False
             if module._modules and tuple(module._modules.values()) != watched.children:
                 return False
-        return True
+        # Where there is a spec, `Projections` watches the tensors.
+        return self.spec is not None or _tensors(layer) == self._tensors
 
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
@@ -98,3 +100,7 @@ def _touched(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return True
     return bool(module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks(module)
+
+
+def _tensors(layer: nn.Module) -> list[tuple[type, torch.dtype, torch.device]]:
+    return [(type(parameter), parameter.dtype, parameter.device) for parameter in layer.parameters()]

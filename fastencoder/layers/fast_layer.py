@@ -141,8 +141,9 @@ class FastLayer(nn.Module):
     ) -> Any:
         if binding.spec.adapter.time_major:
             hidden = hidden.transpose(0, 1)
-        if call is not None and call.batch is not None and call.mask is mask and call.batch.batch == hidden.shape[0]:
-            batch = call.batch
+        known = call.batch if call is not None and call.mask is mask else None
+        if known is not None and (known.batch, known.seqlen) == hidden.shape[:2]:
+            batch = known
         else:
             batch = _geometry(binding, hidden, mask)
             if batch.indices is not None and self._fastencoder.reads_padding(self):
@@ -243,6 +244,8 @@ def _refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
         raise Delegated("a gradient may be needed")
     if torch.is_autocast_enabled(hidden.device.type):
         raise Delegated("autocast is on")
+    if torch._C._are_functorch_transforms_active():
+        raise Delegated("a functorch transform is active")
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise Delegated("global module hooks are installed")
     recorded = collected_outputs() - {"hidden_states", "_hidden_states_layers"}
