@@ -1,8 +1,8 @@
 """Which implementation of an operation runs, and how an operation becomes a ``torch.library`` operator.
 
 Every operation is one package with the same modules: ``reference.py`` (plain PyTorch, always present), ``cpu.py`` and
-``triton_kernel.py``. All of them define one function with the name of the operation. Nothing but the reference is imported
-before a tensor of that device asks for it, so that importing the package needs neither Triton nor a GPU.
+``triton_kernel.py``. All of them define one function with the name of the operation. Nothing but the reference is
+imported before a tensor of that device asks for it, so that importing the package needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Dispatcher:
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Run every operation inside the block on one implementation, whatever the device: for tests, benchmarks, debugging.
+    """Run every operation inside the block on one implementation, whatever the device: for tests, benchmarks,
+    debugging.
 
     Args:
         name: ``"reference"``, ``"cpu"`` or ``"triton"`` (on CPU tensors Triton needs ``TRITON_INTERPRET=1``).
@@ -100,5 +101,5 @@ def register(schema: str, run: Callable, fake: Callable) -> None:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are kept for inputs of ``dtype``: float32 for 16-bit types, otherwise ``dtype`` itself."""
+    """The dtype in which sums of ``dtype`` are kept: float32 for 16-bit types, otherwise ``dtype`` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

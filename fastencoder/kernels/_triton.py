@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Shared memory that one program may use, in KiB, by compute capability (CUDA C++ Programming Guide, technical specifications
-# per compute capability). Anything not listed gets the smallest amount since compute capability 8.0.
+# Shared memory that one program may use, in KiB, by compute capability (CUDA C++ Programming Guide, technical
+# specifications per compute capability). Anything not listed gets the smallest amount since compute capability 8.0.
 _SHARED_KIB = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 _SHARED_KIB_DEFAULT = 99
 
@@ -32,7 +32,7 @@ class DeviceLimits(NamedTuple):
 
 @functools.cache
 def device_limits(device: torch.device) -> DeviceLimits:
-    """The limits of a CUDA device; of one H100 for any other device, where a kernel can only be interpreted or compiled."""
+    """The limits of a CUDA device; of an H100 for any other device, where a kernel can only be interpreted."""
     if device.type != "cuda":
         return DeviceLimits((9, 0), 132)
     properties = torch.cuda.get_device_properties(device)
@@ -69,7 +69,7 @@ class Launch:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 stays exact unless the user has allowed TF32; 16-bit types ignore it."""
+    """``input_precision`` of ``tl.dot``: float32 is exact unless the user has allowed TF32; 16-bit types ignore it."""
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul

@@ -1,8 +1,8 @@
 """Compile the Triton kernels without a GPU, and read from the machine code what it will cost to run them.
 
-``python -m fastencoder.kernels.ahead_of_time 8.0 9.0 10.0`` compiles every configuration in the table below for those compute
-capabilities and prints one line each. The launches come from the launchers' own ``plan`` functions, on tensors without
-storage, so that what is compiled here is the specialisation that the launcher would compile on such a GPU.
+``python -m fastencoder.kernels.ahead_of_time 8.0 9.0 10.0`` compiles every configuration in the table below for those
+compute capabilities and prints one line each. The launches come from the launchers' own ``plan`` functions, on tensors
+without storage, so that what is compiled here is the specialisation that the launcher would compile on such a GPU.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _has_matrix_dot(launch: Launch) -> bool:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The specialisation that Triton's launcher makes of these arguments: it folds None and 1, and notes multiples of 16."""
+    """The specialisation that Triton's launcher makes of them: it folds None and 1, and notes multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     values = launch.arguments | launch.constants
     for position, parameter in enumerate(launch.kernel.params):
@@ -217,11 +217,11 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage_text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage_text)}
+        command = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     # "/*0010*/   @!P0 HMMA.16816.F32 R4, ..." -> HMMA
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, flags=re.MULTILINE)
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text, flags=re.MULTILINE)
     return usage, Counter(opcodes)
 
 

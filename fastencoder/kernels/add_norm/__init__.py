@@ -32,7 +32,8 @@ def add_norm(
         scale: ``[D]``, the layer scale of ``x`` (Touvron et al., arXiv 2103.17239); None is 1.
 
     Returns:
-        ``normed`` and ``sum``, both ``[T, D]`` in the dtype of ``x``. Where there is neither residual nor scale, ``sum`` is
+        ``normed`` and ``sum``, both ``[T, D]`` in the dtype of ``x``. Where there is neither residual nor scale,
+            ``sum`` is
         ``x`` itself and not a copy (the registered operator copies, because operators may not alias).
 
     Raises:
@@ -85,7 +86,8 @@ def _check(
 
 
 register(
-    "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, Tensor? scale=None) -> (Tensor, Tensor)",
+    "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, Tensor? scale=None)"
+    " -> (Tensor, Tensor)",
     _run,
     _fake,
 )

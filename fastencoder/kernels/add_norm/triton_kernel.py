@@ -67,7 +67,7 @@ def plan(
 
 
 def _tile(dim: int) -> tuple[int, int, int]:
-    """Rows and columns of a program and its warps: eight elements a thread, 16 bytes of a 16-bit type, at 2 to 8 warps."""
+    """Rows and columns of a program, and its warps: eight elements (16 bytes of 16 bit) a thread, 2 to 8 warps."""
     block_dim = next_power_of_2(dim)
     block_rows = max(1, min(8, 512 // block_dim))  # small rows share a program
     num_warps = min(max(block_rows * block_dim // 256, 2), 8)

@@ -59,7 +59,8 @@ def _run(
 
 
 def _vendor_gemm_is_better(dtype: torch.dtype, activation: str, residual: torch.Tensor | None) -> bool:
-    """The fastest plain GEMM is the vendor's, which adds a bias for nothing: ours pays where it saves a pass over the output.
+    """The fastest plain GEMM is the vendor's, which adds a bias for nothing: ours pays where it saves a pass over the
+    output.
 
     Exact float32 has no matrix unit, where the vendor is far ahead, and its separate epilogue rounds nothing away.
     """

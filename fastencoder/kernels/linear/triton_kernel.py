@@ -86,8 +86,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# From large to small. The largest keeps 64 accumulators a thread: that leaves room for the erf of GELU, and two programs fit a
-# multiprocessor, so that one computes while the other is in its epilogue (K is short in encoders).
+# From large to small. The largest keeps 64 accumulators a thread: that leaves room for the erf of GELU, and two
+# programs fit a multiprocessor, so that one computes while the other is in its epilogue (K is short in encoders).
 _TILES_16_BIT = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 4),
@@ -158,11 +158,14 @@ def _linear_kernel(
     step = tl.arange(0, BLOCK_K)
     row_mask = start_m + row < M
     col_mask = start_n + col < N
-    # Rows and columns beyond the end read the tile's first row or column again, which always exists: no mask in the loop.
+    # Rows and columns beyond the end read the tile's first row or column again, which always exists: no mask in the
+    # loop.
     x_row = tl.where(row_mask, row, 0)
     weight_row = tl.where(col_mask, col, 0)
-    x_tile = x_ptr + start_m.to(tl.int64) * x_stride + (x_row[:, None] * x_stride + step[None, :])
-    weight_tile = weight_ptr + start_n.to(tl.int64) * weight_stride + (weight_row[None, :] * weight_stride + step[:, None])
+    x_tile = x_ptr + start_m.to(tl.int64) * x_stride
+    x_tile += x_row[:, None] * x_stride + step[None, :]
+    weight_tile = weight_ptr + start_n.to(tl.int64) * weight_stride
+    weight_tile += weight_row[None, :] * weight_stride + step[:, None]
 
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     for k in range(0, K, BLOCK_K):

@@ -14,6 +14,6 @@ def pack(hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def unpack(values: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
     """``[T, D]``, ``[T]`` -> ``[B, S, D]``."""
     rows, dim = batch * seqlen, values.shape[1]
-    if values.shape[0] == rows:  # indices ascend without repeats, so every position holds its own token: nothing is padding
+    if values.shape[0] == rows:  # indices ascend without repeats: each position holds its own token
         return values.clone(memory_format=torch.contiguous_format).view(batch, seqlen, dim)
     return values.new_zeros(rows, dim).index_copy_(0, indices.long(), values).view(batch, seqlen, dim)

@@ -22,10 +22,13 @@ def varlen_attention(
     """``softmax(q kᵀ · scale) v`` for every head, inside each sequence, not causal; softmax in float32.
 
     Args:
-        q: ``[T, H, d]``, ``16 <= d <= 256``. Like ``k`` and ``v`` it may be a strided view, e.g. of one packed ``[T, 3, H, d]``.
-        k: ``[T, Hk, d]``, where ``Hk`` divides ``H``: head ``h`` of ``q`` reads head ``h // (H // Hk)`` of ``k`` and ``v``.
+        q: ``[T, H, d]``, ``16 <= d <= 256``. Like ``k`` and ``v`` it may be a strided view, e.g. of one packed ``[T, 3,
+            H, d]``.
+        k: ``[T, Hk, d]``, where ``Hk`` divides ``H``: head ``h`` of ``q`` reads head ``h // (H // Hk)`` of ``k`` and
+            ``v``.
         v: ``[T, Hk, d]``.
-        offsets: int32 ``[B + 1]``: sequence ``b`` is rows ``offsets[b]`` to ``offsets[b + 1]``. Empty sequences are allowed.
+        offsets: int32 ``[B + 1]``: sequence ``b`` is rows ``offsets[b]`` to ``offsets[b + 1]``. Empty sequences are
+            allowed.
         max_seqlen: at least the length of the longest sequence, in tokens.
         scale: what the scores are multiplied by, usually ``d ** -0.5``; positive.
 
@@ -57,8 +60,7 @@ def _fake(
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, scale: float) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
-            "q must be [T, H, d] and k and v [T, Hk, d], "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            f"q must be [T, H, d] and k and v [T, Hk, d], got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")

@@ -118,9 +118,7 @@ def _plan(lengths: tuple[int, ...], shared_length: int) -> tuple[Rows, ...]:
     return tuple(plan)
 
 
-def _rows(
-    longest_first: list[int], lengths: tuple[int, ...], starts: list[int], row_length: int, share: bool
-) -> Rows:
+def _rows(longest_first: list[int], lengths: tuple[int, ...], starts: list[int], row_length: int, share: bool) -> Rows:
     """Best fit, the longest first: each sequence into the fullest row with room for it, or into a new row."""
     room: list[int] = []
     members: list[list[int]] = []

@@ -1,7 +1,7 @@
 """Exact float32 attention in Triton, of any length.
 
-Without matrix units ``tl.dot`` keeps both of its operands in registers, so this kernel feeds it in small steps: 16 keys at a
-time, and the head dimension of the scores in chunks of 16.
+Without matrix units ``tl.dot`` keeps both of its operands in registers, so this kernel feeds it in small steps: 16 keys
+at a time, and the head dimension of the scores in chunks of 16.
 """
 
 from __future__ import annotations

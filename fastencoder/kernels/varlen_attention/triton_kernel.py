@@ -1,9 +1,9 @@
 """``varlen_attention`` in Triton: one kernel for short sequences, one with an online softmax for any length.
 
-A program computes a block of queries of one head of one sequence. Up to 128 tokens all keys fit one block, so the softmax is
-taken at once; above, key blocks are visited in turn and the output is rescaled as the maximum grows (Milakov and Gimelshein,
-arXiv 1805.02867; Dao, arXiv 2307.08691). Both work in base 2, which is what the hardware computes. Exact float32, which has no
-matrix unit, takes the looped kernel of ``triton_exact`` at every length.
+A program computes a block of queries of one head of one sequence. Up to 128 tokens all keys fit one block, so the
+softmax is taken at once; above, key blocks are visited in turn and the output is rescaled as the maximum grows (Milakov
+and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691). Both work in base 2, which is what the hardware computes.
+Exact float32, which has no matrix unit, takes the looped kernel of ``triton_exact`` at every length.
 """
 
 from __future__ import annotations

@@ -1,0 +1,195 @@
+"""``varlen_attention`` against float64, with the roundings of scores, probabilities and result as the bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kernel_testing import IMPLEMENTATIONS, TRITON_DEVICE, assert_within, device_of, dot_works, random, rounding
+
+from fastencoder.kernels import implementation, varlen_attention
+
+# NumPy under the interpreter warns of NaN and infinity
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def offsets_of(lengths, device):
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+
+
+def qkv_of(lengths, heads, dim, dtype, device, seed=0):
+    """Views of one packed buffer; scores of a few units, so that the softmax is neither flat nor a single one."""
+    buffer = random(seed, sum(lengths), 3, heads, dim, dtype=dtype, device=device)
+    return buffer.unbind(1)
+
+
+def expected_of(q, k, v, lengths, scale):
+    """Result and error bound in float64, written without softmax and one head at a time."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out, spread = torch.zeros_like(q), torch.zeros_like(q)
+    start = 0
+    for length in lengths:
+        for head in range(q.shape[1]) if length else ():
+            rows = slice(start, start + length)
+            scores = q[rows, head] @ k[rows, head // group].T * scale
+            weights = torch.exp(scores - scores.amax(1, keepdim=True))
+            weights /= weights.sum(1, keepdim=True)
+            out[rows, head] = weights @ v[rows, head // group]
+            sizes = q[rows, head].abs() @ k[rows, head // group].abs().T * abs(scale) + 1
+            spread[rows, head] = (weights * sizes) @ v[rows, head // group].abs()
+        start += length
+    return out, spread
+
+
+def check(name, q, k, v, lengths, scale, max_seqlen=None):
+    dtype, offsets = q.dtype, offsets_of(lengths, q.device)
+    with implementation(name):
+        out = varlen_attention(q, k, v, offsets, max_seqlen or max(lengths, default=0), scale)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    expected, spread = expected_of(q, k, v, lengths, scale)
+    bound = 16 * torch.finfo(torch.float32).eps * spread + 1e-37
+    if dtype != torch.float32:
+        bound = bound + 2 * rounding(dtype) * spread
+    assert_within(out, expected, bound)
+    return out
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=6),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    dim=st.sampled_from([16, 40, 64, 72]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+)
+@example(lengths=[1], heads=(1, 1), dim=16, dtype=torch.float32)
+@example(lengths=[0, 0], heads=(2, 2), dim=16, dtype=torch.float32)
+@example(lengths=[], heads=(2, 2), dim=16, dtype=torch.float32)
+@example(lengths=[0, 5, 0, 0, 9, 0], heads=(2, 2), dim=32, dtype=torch.float32)
+@example(lengths=[16, 16, 16], heads=(2, 1), dim=32, dtype=torch.float16)
+@example(lengths=[3, 1, 150, 1, 2], heads=(2, 2), dim=32, dtype=torch.float16)
+@example(lengths=[3, 1, 150, 1, 2], heads=(2, 1), dim=72, dtype=torch.float32)
+def test_any_lengths(name, lengths, heads, dim, dtype):
+    device = device_of(name)
+    q, _, _ = qkv_of(lengths, heads[0], dim, dtype, device)
+    _, k, v = qkv_of(lengths, heads[1], dim, dtype, device)
+    check(name, q, k, v, lengths, dim**-0.5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 72, 80, 128, 256])
+@pytest.mark.parametrize("longest", [20, 128, 129])
+def test_head_dims(name, dtype, dim, longest):
+    """The boundary between a single block and a loop, and a last block of every fill."""
+    if not dot_works(name, dtype):
+        pytest.skip("the interpreter cannot multiply bfloat16 matrices")
+    lengths = [7, longest]
+    check(name, *qkv_of(lengths, 1, dim, dtype, device_of(name)), lengths, dim**-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("longest", [20, 150, 300])
+@pytest.mark.parametrize("dim", [64, 72])
+def test_tf32_and_older_devices_take_other_blocks(monkeypatch, dtype, longest, dim):
+    """TF32 sends float32 through the kernels of the 16-bit types; compute capability 8.0 has blocks of its own."""
+    from fastencoder.kernels._triton import DeviceLimits
+    from fastencoder.kernels.varlen_attention import triton_kernel
+
+    if TRITON_DEVICE == "cuda" and dtype == torch.float32:
+        pytest.skip("TF32 is rounded on a GPU; the interpreter multiplies exactly")
+    monkeypatch.setattr(triton_kernel, "dot_precision", lambda _: "tf32")
+    lengths = [9, longest, 1]
+    q, k, v = qkv_of(lengths, 2, dim, dtype, TRITON_DEVICE)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    offsets = offsets_of(lengths, q.device)
+    triton_kernel.plan(q, k, v, offsets, longest, 0.2, out, DeviceLimits((8, 0), 108)).run(q.device)
+    expected, spread = expected_of(q, k, v, lengths, 0.2)
+    assert_within(out, expected, 2 * rounding(dtype) * 8 * spread if dtype == torch.float32 else 2e-3 * spread)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("longest", [40, 150])
+def test_neighbours_never_leak(name, dtype, longest):
+    """NaN in the sequences before and after, and behind the end of the buffer, stays where it is."""
+    device, lengths = device_of(name), [30, longest, 5]
+    q, k, v = (x.clone() for x in qkv_of([*lengths, 200], 2, 40, dtype, device))
+    rows = slice(30, 30 + longest)
+    for x in (q, k, v):
+        keep = x[rows].clone()
+        x.fill_(float("nan"))
+        x[rows] = keep
+    total = sum(lengths)
+    with implementation(name):
+        out = varlen_attention(q[:total], k[:total], v[:total], offsets_of(lengths, device), longest, 0.2)
+    expected, spread = expected_of(q[rows], k[rows], v[rows], [longest], 0.2)
+    bound = (1e-5 if dtype == torch.float32 else 4e-3) * spread
+    assert_within(out[rows], expected, bound)
+    assert out[:30].isnan().all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_large_scores(name):
+    """Without the subtraction of the maximum these exponentials are infinite; the largest key is in the last block."""
+    lengths = [150, 20]
+    q, k, v = (x.clone() for x in qkv_of(lengths, 2, 64, torch.float32, device_of(name)))
+    k[140] *= 8
+    check(name, q * 10, k, v, lengths, 1.0)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_scale(name, scale):
+    """1.0 is what T5 uses."""
+    lengths = [33, 5]
+    check(name, *qkv_of(lengths, 2, 32, torch.float32, device_of(name)), lengths, scale)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("max_seqlen", [40, 64, 128, 300])
+def test_max_seqlen_is_only_a_bound(name, max_seqlen):
+    lengths = [40, 3, 17]
+    check(name, *qkv_of(lengths, 2, 32, torch.float32, device_of(name)), lengths, 0.2, max_seqlen)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_strided_layouts(name):
+    """Heads before tokens, a last dimension that is not contiguous, and one buffer for keys and values."""
+    device, lengths = device_of(name), [12, 30]
+    q = random(0, 4, 42, 32, dtype=torch.float32, device=device).transpose(0, 1)
+    k, v = random(1, 42, 2, 2, 32, dtype=torch.float32, device=device).unbind(2)
+    check(name, q, k, v, lengths, 0.2)
+    check(name, random(2, 42, 32, 4, dtype=torch.float32, device=device).transpose(1, 2), k, v, lengths, 0.2)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("lengths", [[5, 40, 17], [5, 150, 60]])
+def test_the_order_of_sequences_changes_no_bit(name, lengths):
+    """Nor does the company of others: each sequence alone, at the same bound of length, gives the same bits."""
+    device = device_of(name)
+    q, k, v = qkv_of(lengths, 2, 40, torch.float32, device)
+    longest = max(lengths)
+    with implementation(name):
+        together = varlen_attention(q, k, v, offsets_of(lengths, device), longest, 0.2)
+        start = 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            alone = varlen_attention(q[rows], k[rows], v[rows], offsets_of([length], device), longest, 0.2)
+            assert torch.equal(together[rows], alone)
+            start += length
+
+
+def test_wrong_arguments():
+    x, offsets = torch.zeros(4, 6, 16), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"q must be \[T, H, d\]"):
+        varlen_attention(x, x[:, :, :8], x, offsets, 4, 1.0)
+    with pytest.raises(ValueError, match="4 key heads do not divide 6 query heads"):
+        varlen_attention(x, x[:, :4], x[:, :4], offsets, 4, 1.0)
+    with pytest.raises(ValueError, match="offsets must be int32"):
+        varlen_attention(x, x, x, offsets.long(), 4, 1.0)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        varlen_attention(x, x, x, offsets, 4, -1.0)
