@@ -6,7 +6,10 @@ another module with the same name, or a subclass, is never mistaken for it. Noth
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+
+from torch import nn
 
 from .families import builtin_adapters
 from .spec import Adapter
@@ -19,6 +22,19 @@ class Entry:
     layer_class: str
     adapter: Adapter
     model_types: tuple[str, ...] = ()
+
+    def load(self) -> type[nn.Module]:
+        """The class itself; `fastencoder.layers.fast_class` of it is its fast layer.
+
+        Raises:
+            ImportError: the installed version of its package does not have it.
+        """
+        module, _, name = self.layer_class.rpartition(".")
+        try:
+            loaded: type[nn.Module] = getattr(importlib.import_module(module), name)
+        except AttributeError:
+            raise ImportError(f"{module} has no {name}") from None
+        return loaded
 
 
 _entries: dict[str, Entry] = {name: Entry(name, adapter, types) for name, adapter, types in builtin_adapters()}

@@ -194,6 +194,23 @@ def test_a_subclass_of_a_known_layer_is_left_alone() -> None:
     assert {row.status for row in explain(model)} == {"left alone"}
 
 
+def test_a_layer_of_a_known_name_from_another_module_is_not_mistaken() -> None:
+    """Remote code often keeps the names of the model it started from."""
+
+    class BertLayer(nn.Module):
+        def __init__(self, original: nn.Module) -> None:
+            super().__init__()
+            self.attention, self.intermediate, self.output = original.attention, original.intermediate, original.output
+
+        def forward(self, hidden_states, *_, **__):
+            return hidden_states
+
+    model = tiny.bert()
+    model.encoder.layer = nn.ModuleList(BertLayer(layer) for layer in model.encoder.layer)
+    with pytest.raises(NotEligibleError, match="this layer class is not registered"):
+        to_fast(model)
+
+
 def test_variants_inside_a_known_class() -> None:
     swiglu = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, image_size=28, patch_size=14, mlp_ratio=2, **tiny.SIZES))
     with pytest.raises(NotEligibleError, match="does not have the parts"):

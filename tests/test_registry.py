@@ -22,16 +22,23 @@ from . import tiny
 def test_both_ways() -> None:
     (entry,) = registry.by_model_type("bert")
     assert entry.layer_class == "transformers.models.bert.modeling_bert.BertLayer"
+    assert fast_class(entry.load()).__name__ == "FastBertLayer"
     model = tiny.bert()
     assert registry.by_class(type(model.encoder.layer[0])) is entry
     assert registry.by_class(entry.layer_class) is entry
-    assert fast_class(type(model.encoder.layer[0])).__name__ == "FastBertLayer"
+    assert isinstance(to_fast(model).encoder.layer[0], fast_class(entry.load()))
     assert {e.layer_class.rpartition(".")[2] for e in registry.by_model_type("wav2vec2")} == {
         "Wav2Vec2EncoderLayer",
         "Wav2Vec2EncoderLayerStableLayerNorm",
     }
     assert registry.by_model_type("no-such-model") == []
     assert registry.by_class(nn.Linear) is None
+
+
+def test_an_entry_whose_class_is_not_installed() -> None:
+    for name in ("transformers.models.bert.modeling_bert.NoSuchLayer", "no_such_package.Layer"):
+        with pytest.raises(ImportError):
+            registry.Entry(name, BERT).load()
 
 
 def test_layer_classes_are_unique_and_typed() -> None:
