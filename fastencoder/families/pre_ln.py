@@ -92,7 +92,11 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionLayer": "chinese_clip chinese_clip_vision_model",
             "clipseg.modeling_clipseg.CLIPSegEncoderLayer": "clipseg clipseg_vision_model clipseg_text_model",
             "git.modeling_git.GitVisionEncoderLayer": "git git_vision_model",
+            "granite_docling.modeling_granite_docling.GraniteDoclingEncoderLayer": (
+                "granite_docling granite_docling_vision"
+            ),
             "groupvit.modeling_groupvit.GroupViTEncoderLayer": "groupvit groupvit_vision_model groupvit_text_model",
+            "idefics.vision.IdeficsVisionEncoderLayer": "idefics",
             "idefics2.modeling_idefics2.Idefics2EncoderLayer": "idefics2 idefics2_vision",
             "idefics3.modeling_idefics3.Idefics3EncoderLayer": "idefics3 idefics3_vision",
             "kosmos2.modeling_kosmos2.Kosmos2VisionEncoderLayer": "kosmos-2 kosmos_2_vision_model",
@@ -102,6 +106,8 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "owlvit.modeling_owlvit.OwlViTEncoderLayer": "owlvit owlvit_vision_model owlvit_text_model",
             "owlv2.modeling_owlv2.Owlv2EncoderLayer": "owlv2 owlv2_vision_model owlv2_text_model",
             "smolvlm.modeling_smolvlm.SmolVLMEncoderLayer": "smolvlm smolvlm_vision",
+            "tipsv2.modeling_tipsv2.Tipsv2TextEncoderLayer": "tipsv2 tipsv2_text_model",
+            "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrEncoderLayer": "unlimited_ocr unlimited_ocr_vision_encoder",
             "x_clip.modeling_x_clip.XCLIPEncoderLayer": "xclip xclip_text_model",
         },
     ),
@@ -109,6 +115,8 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
         DINOV2,
         {
             "dinov2.modeling_dinov2.Dinov2Layer": "dinov2 depth_anything",
+            "radio.modeling_radio.RadioLayer": "radio",
+            "tipsv2.modeling_tipsv2.Tipsv2VisionLayer": "tipsv2 tipsv2_vision_model",
             "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": "dinov2_with_registers",
         },
     ),
@@ -121,6 +129,12 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "blenderbot.modeling_blenderbot.BlenderbotEncoderLayer": "blenderbot",
             "whisper.modeling_whisper.WhisperEncoderLayer": "whisper",
             "speech_to_text.modeling_speech_to_text.Speech2TextEncoderLayer": "speech_to_text",
+            "audioflamingo3.modeling_audioflamingo3.AudioFlamingo3EncoderLayer": (
+                "audioflamingo3 audioflamingo3_encoder"
+            ),
+            "moss_transcribe_diarize.modeling_moss_transcribe_diarize.MossTranscribeDiarizeAudioLayer": (
+                "moss_transcribe_diarize moss_transcribe_diarize_audio"
+            ),
             "qwen2_audio.modeling_qwen2_audio.Qwen2AudioEncoderLayer": "qwen2_audio qwen2_audio_encoder",
             "voxtral.modeling_voxtral.VoxtralEncoderLayer": "voxtral voxtral_encoder",
         },
