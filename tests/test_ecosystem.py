@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,9 @@ def test_training_with_gradient_checkpointing() -> None:
             warnings.simplefilter("ignore")
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-        count = []
-        handles = [layer.intermediate.register_forward_hook(lambda *_: count.append(1)) for layer in model.encoder.layer]
+        count: list[int] = []
+        hook = partial(_count, count)
+        handles = [layer.intermediate.register_forward_hook(hook) for layer in model.encoder.layer]
         torch.manual_seed(0)
         model(**inputs).last_hidden_state.square().sum().backward()
         for handle in handles:
@@ -64,6 +66,10 @@ def test_training_with_gradient_checkpointing() -> None:
         runs[name] = (len(count), [p.grad for p in model.encoder.parameters()])
     assert runs["stock"][0] == runs["fast"][0] == 6
     assert all(torch.equal(a, b) for a, b in zip(runs["stock"][1], runs["fast"][1], strict=True))
+
+
+def _count(calls: list[int], *_: object) -> None:
+    calls.append(1)
 
 
 @pytest.mark.parametrize("build", [(BartModel, BartConfig), (MBartModel, MBartConfig)], ids=["bart", "mbart"])

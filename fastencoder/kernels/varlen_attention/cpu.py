@@ -23,20 +23,19 @@ _PLANS_KEPT = 16
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """One dense attention call. Both index vectors are int64.
+    """One dense attention call, of `count` rows of `length` slots.
 
-    gather: ``[R * L]``, the packed position that each row slot reads; unused slots are masked.
-    scatter: ``[n]``, the row slots that hold real tokens, in the order of `tokens`.
-    tokens: ``[n]``, the packed positions that those slots belong to.
-    segments: ``[R, L]`` int16, which sequence of its row a slot belongs to (-1: unused), or None where no mask is needed.
+    gather: int64 ``[R * L]``, the packed position that each slot reads; unused slots read a token of their own row and are
+        masked.
+    scatter: int64 ``[R * L]``, the packed position that each slot's result belongs to; T for unused slots.
+    segments: int16 ``[R, L]``, which sequence of its row a slot belongs to (-1: unused), or None where no mask is needed.
     shared: whether some row holds several sequences.
     """
 
     count: int
     length: int
     gather: torch.Tensor
-    scatter: torch.Tensor | None
-    tokens: torch.Tensor
+    scatter: torch.Tensor
     segments: torch.Tensor | None
     shared: bool
 
@@ -66,16 +65,13 @@ def _run(
     v: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype)
+    tokens = q.shape[0]
+    out = torch.empty(tokens + 1, *q.shape[1:], dtype=q.dtype)  # the results of unused slots end in the last row
     for rows in plan:
         mask = None if rows.segments is None else _mask(rows, q.dtype)
-        mixed = _dense(*_select(q, k, v, rows.gather), rows.count, rows.length, mask, scale).flatten(0, 1)
-        if rows.scatter is not None:
-            mixed = mixed.index_select(0, rows.scatter)
-            if len(plan) == 1:  # every token is here, already in order
-                return mixed
-        out.index_copy_(0, rows.tokens, mixed)
-    return out
+        mixed = _dense(*_select(q, k, v, rows.gather), rows.count, rows.length, mask, scale)
+        out.index_copy_(0, rows.scatter, mixed.flatten(0, 1))
+    return out[:tokens]
 
 
 def _dense(
@@ -140,12 +136,12 @@ def _rows(longest_first: list[int], lengths: tuple[int, ...], starts: list[int],
             gather[row, slot:end] = torch.arange(starts[sequence], starts[sequence] + lengths[sequence])
             segments[row, slot:end] = segment
             slot = end
-    gather, used = gather.flatten(), segments.flatten() >= 0
-    if used.all() and len(room) == len(longest_first):  # equal lengths, one a row
-        return Rows(len(room), row_length, gather, scatter=None, tokens=gather, segments=None, shared=False)
-    slots = used.nonzero().flatten()
-    tokens, order = gather[slots].sort()
-    return Rows(len(room), row_length, gather, slots[order], tokens, segments, len(room) < len(longest_first))
+    unused = segments < 0
+    shared = len(room) < len(longest_first)
+    scatter = gather.masked_fill(unused, starts[-1]).flatten()
+    if not unused.any() and not shared:  # equal lengths, one a row
+        return Rows(len(room), row_length, gather.flatten(), scatter, segments=None, shared=False)
+    return Rows(len(room), row_length, gather.flatten(), scatter, segments, shared)
 
 
 @lru_cache(maxsize=2 * _PLANS_KEPT)
