@@ -19,10 +19,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
+try:
+    from rich.console import Console
 
-from benchmarks import gpu_report
-from benchmarks.files import output_folder, read_json
+    from benchmarks import gpu_report
+    from benchmarks.files import output_folder, read_json
+except ModuleNotFoundError as missing:
+    print(f"{sys.executable} has no {missing.name}: this needs torch, transformers, rich and matplotlib", file=sys.stderr)
+    raise SystemExit(2) from None
 
 PARTS = ("kernels", "parity", "speed")
 SHARE = {"kernels": 0.35, "parity": 0.2, "speed": 0.45}  # of the time; what a part leaves goes to the next
