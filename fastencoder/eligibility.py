@@ -40,22 +40,17 @@ class Finding:
     left_alone: bool = False
 
 
-def inspect_layer(layer: nn.Module, layer_class: type[nn.Module] | None = None, allow_meta: bool = False) -> Finding:
+def inspect_layer(
+    layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter, allow_meta: bool = False
+) -> Finding:
     """Checks one layer against the adapter of its class.
 
     Args:
         layer: a live layer.
-        layer_class: the layer's own class, where `type(layer)` is already the fast subclass.
+        layer_class: the layer's own class (`type(layer)` may be the fast subclass already).
+        adapter: the adapter that the class is registered with.
         allow_meta: accept weights on the meta device, to answer "would it be eligible?".
-
-    Raises:
-        KeyError: the class is not registered.
     """
-    layer_class = layer_class or type(layer)
-    entry = registry.by_class(layer_class)
-    if entry is None:
-        raise KeyError(f"{registry.qualified_name(layer_class)} is not a registered layer class")
-    adapter = entry.adapter
     reason = _not_this_family(layer, adapter)
     if reason:
         return Finding(None, (reason,), left_alone=True)
@@ -108,6 +103,7 @@ def _checks(layer: nn.Module, layer_class: type[nn.Module], names: NameMap, allo
     yield from _check_nothing_added(layer, names)
     yield from _check_tensors(layer, allow_meta)
     yield from _check_heads(layer, names)
+    yield from _check_attention_function(layer, names)
     if activation_name(lookup(layer, names.activation)) is None:
         activation = lookup(layer, names.activation)
         yield (
@@ -226,6 +222,26 @@ def _check_heads(layer: nn.Module, names: NameMap) -> Iterator[str]:
         yield "its projections have unequal widths (pruned heads, or attention to something else)"
     if query.out_features // heads > MAX_HEAD_DIM:
         yield f"its head size {query.out_features // heads} is above {MAX_HEAD_DIM}"
+
+
+def attention_implementation(layer: nn.Module, names: NameMap) -> str | None:
+    """The name of transformers' attention function that the layer would call ("sdpa", say); None if it calls none."""
+    config = getattr(lookup(layer, names.attention), "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def _check_attention_function(layer: nn.Module, names: NameMap) -> Iterator[str]:
+    """A function that somebody registered may compute anything, and it would not be called."""
+    name = attention_implementation(layer, names)
+    interface = sys.modules.get("transformers.modeling_utils")
+    if name is None or name == "eager" or "flash" in name or interface is None:
+        return
+    function = interface.ALL_ATTENTION_FUNCTIONS.get(name)
+    if not getattr(function, "__module__", "").startswith("transformers."):
+        yield (
+            f"its attention implementation {name!r} is not transformers' own; choose another with "
+            "model.set_attn_implementation('sdpa')"
+        )
 
 
 def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:

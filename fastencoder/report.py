@@ -158,17 +158,21 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
 
 
 def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
-    layer_class = module.original_class if isinstance(module, FastLayer) else type(module)
-    entry = registry.by_class(layer_class)
+    if isinstance(module, FastLayer):  # it keeps its adapter, whatever the registry says by now
+        layer_class, adapter = module.original_class, module._fastencoder.adapter
+    else:
+        entry = registry.by_class(type(module))
+        if entry is None:
+            reason = _unknown(name, module)
+            class_name = registry.qualified_name(type(module))
+            return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
+        layer_class, adapter = type(module), entry.adapter
     class_name = registry.qualified_name(layer_class)
-    if entry is None:
-        reason = _unknown(name, module)
-        return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
-    finding = inspect_layer(module, layer_class, allow_meta=allow_meta)
+    finding = inspect_layer(module, layer_class, adapter, allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
     if isinstance(module, FastLayer):
-        return LayerRow(name, class_name, entry.adapter.family, "fast", _delegations(module), memory)
-    return LayerRow(name, class_name, entry.adapter.family, _status(finding), finding.reasons, memory)
+        return LayerRow(name, class_name, adapter.family, "fast", _delegations(module), memory)
+    return LayerRow(name, class_name, adapter.family, _status(finding), finding.reasons, memory)
 
 
 def _delegations(layer: FastLayer) -> tuple[str, ...]:

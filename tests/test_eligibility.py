@@ -223,6 +223,34 @@ def test_variants_inside_a_known_class() -> None:
         to_fast(Wav2Vec2Model(adapters))
 
 
+def test_an_attention_function_of_somebody_is_not_bypassed() -> None:
+    """Registered before the conversion: refused. Chosen after it: the original layers call it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def halved(*args, **kwargs):
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return output / 2, weights
+
+    AttentionInterface.register("halved", halved)
+    AttentionMaskInterface.register("halved", sdpa_mask)
+    inputs = tiny.ragged()
+    stock, other = tiny.bert(), tiny.bert(attn_implementation="halved")
+    fast = to_fast(tiny.bert())
+    with torch.inference_mode():
+        expected = other(**inputs).last_hidden_state
+        assert tiny.relative_error(stock(**inputs).last_hidden_state, expected) > 0.01
+        fast(**inputs)
+        fast.set_attn_implementation("halved")
+        assert torch.equal(fast(**inputs).last_hidden_state, expected)
+        fast.set_attn_implementation("sdpa")
+        fast(**inputs)
+    assert tiny.calls(fast) == (6, 3)
+    with pytest.raises(NotEligibleError, match="attention implementation 'halved' is not transformers' own"):
+        to_fast(other)
+
+
 def test_accelerate_hooks_are_found() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny.bert()

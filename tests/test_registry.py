@@ -129,6 +129,11 @@ def test_a_third_party_adds_a_layer_class() -> None:
             assert tiny.relative_error(fast(x), stock(x)) < 1e-6
         assert tiny.calls(fast) == (2, 0)
         assert registry.by_model_type("mine")[0].layer_class == "third_party_encoder.MyLayer"
+        registry.unregister("third_party_encoder.MyLayer")  # fast layers keep what they were made with
+        twin = copy.deepcopy(fast)
+        with torch.inference_mode():
+            assert torch.equal(twin(x), fast(x))
+        assert [row.status for row in explain(twin)] == ["fast", "fast"]
     finally:
-        registry.unregister("third_party_encoder.MyLayer")
+        registry._entries.pop("third_party_encoder.MyLayer", None)
         del sys.modules["third_party_encoder"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..eligibility import has_foreign_hooks, inspect_layer, lookup
-from ..spec import LINEAR_SLOTS, LayerSpec
+from ..eligibility import attention_implementation, has_foreign_hooks, inspect_layer, lookup
+from ..spec import LINEAR_SLOTS, Adapter, LayerSpec
 
 # Modules that compute the same in training and in evaluation.
 _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
@@ -36,8 +36,8 @@ class Binding:
         norm1, norm2, activation, attention: the modules of those names in the spec's name map.
     """
 
-    def __init__(self, layer: nn.Module, layer_class: type) -> None:
-        finding = inspect_layer(layer, layer_class)
+    def __init__(self, layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter) -> None:
+        finding = inspect_layer(layer, layer_class, adapter)
         self.spec: LayerSpec | None = finding.spec
         self.reasons = finding.reasons
         self._watched = [
@@ -46,6 +46,8 @@ class Binding:
             if module is not layer
         ]
         self._modal = [watched.module for watched in self._watched if watched.cls not in _WITHOUT_MODES]
+        self._names = self.spec.names if self.spec is not None else adapter.names[0]
+        self._implementation = attention_implementation(layer, self._names)
         self._layer_children = tuple(layer._modules.values())
         self._layer_patched = "forward" in vars(layer)
         if self.spec is None:
@@ -75,6 +77,8 @@ class Binding:
                 return False
             if module._modules and tuple(module._modules.values()) != watched.children:
                 return False
+        if attention_implementation(layer, self._names) != self._implementation:
+            return False
         # Where there is a spec, `Projections` watches the tensors.
         return self.spec is not None or _tensors(layer) == self._tensors
 

@@ -80,7 +80,7 @@ class LayerState:
         """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
         binding, projections = self.binding, self.projections
         if binding is None or not binding.holds(layer) or not (projections is None or projections.current(binding)):
-            binding = self.binding = Binding(layer, type(layer).original_class)
+            binding = self.binding = Binding(layer, type(layer).original_class, self.adapter)
             projections = self.projections = None
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
