@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastencoder import explain
+from fastencoder import explain, registry
 from fastencoder.demo.data import ragged_lengths
 from fastencoder.layers.binding import Binding
 from tests.conformance.weights import calibrate, sharpen
@@ -201,7 +201,8 @@ def fit(model: nn.Module, inputs: Inputs) -> None:
         layers = encoder_layers(model)
         calibrate(layers, lambda: hidden(model, inputs))
         for layer in layers:
-            linears = Binding(layer, type(layer)).linears
+            entry = registry.by_class(type(layer))
+            linears = Binding(layer, type(layer), entry.adapter).linears
             for linear in (linears["out"], linears["down"]):
                 linear.weight.mul_(_BRANCH)
                 if linear.bias is not None:
