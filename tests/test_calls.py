@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from fastencoder import explain, to_fast
 from fastencoder.layers import FastLayer
+from fastencoder.layers.stack import current_call
 
 from . import tiny
 
@@ -170,6 +171,17 @@ def test_functional_calls_and_vmap(models) -> None:
     assert torch.equal(got, expected)
 
 
+def test_fake_tensors_run_the_original_layers(models) -> None:
+    """Shape inference without computation, as profilers and exporters do it."""
+    from torch._subclasses import FakeTensorMode
+
+    _, fast = models
+    hidden = torch.randn(2, 3, 48)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        out = fast.encoder.layer[0](mode.from_tensor(hidden))
+    assert out.shape == (2, 3, 48) and tiny.calls(fast) == (0, 1)
+
+
 def test_compiled_and_traced_models_give_the_same_answers(models) -> None:
     stock, fast = models
     inputs = tiny.ragged()
@@ -281,6 +293,23 @@ def test_an_exception_between_layers_leaves_nothing_behind(layer: int) -> None:
                 assert fast.encoder.layer[index](hidden, wide).shape == hidden.shape
             expected, got = stock(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
             assert tiny.relative_error(got, expected, inputs["attention_mask"]) < 1e-6
+
+
+def test_an_interrupt_inside_an_original_layer_leaves_nothing_behind(models) -> None:
+    _, fast = models
+    inputs = tiny.ragged()
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    handle = fast.encoder.layer[1].output.register_forward_hook(interrupt)
+    with torch.inference_mode():
+        with pytest.raises(KeyboardInterrupt):
+            fast(**inputs)
+        handle.remove()
+        stack = fast.encoder.layer[0]._fastencoder.stack
+        assert current_call(stack) is None
+        assert fast(**inputs).last_hidden_state.shape == (5, 12, 48)
 
 
 def test_threads_do_not_disturb_one_another(models) -> None:

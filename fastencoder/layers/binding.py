@@ -7,7 +7,7 @@ checks run again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,7 @@ from ..spec import LINEAR_SLOTS, Adapter, LayerSpec
 _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
 
 
-@dataclass(frozen=True)
-class _Watched:
+class _Watched(NamedTuple):
     module: nn.Module
     cls: type
     children: tuple[nn.Module | None, ...]
@@ -71,11 +70,10 @@ class Binding:
         """Whether the layer is still made of the same modules, neither hooked nor patched since."""
         if tuple(layer._modules.values()) != self._layer_children or ("forward" in vars(layer)) != self._layer_patched:
             return False
-        for watched in self._watched:
-            module = watched.module
-            if type(module) is not watched.cls or _touched(module) != watched.touched:
+        for module, cls, children, touched in self._watched:
+            if type(module) is not cls or _touched(module) != touched:
                 return False
-            if module._modules and tuple(module._modules.values()) != watched.children:
+            if (children or module._modules) and tuple(module._modules.values()) != children:
                 return False
         if attention_implementation(layer, self._names) != self._implementation:
             return False
@@ -101,9 +99,10 @@ class Binding:
 
 
 def _touched(module: nn.Module) -> bool:
-    if "forward" in module.__dict__:
+    state = module.__dict__
+    if "forward" in state:
         return True
-    return bool(module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks(module)
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
 
 
 def _tensors(layer: nn.Module) -> list[tuple[type, torch.dtype, torch.device]]:

@@ -38,6 +38,10 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+# What transformers records at a layer's boundary; everything else it records inside.
+_RECORDED_OUTSIDE = frozenset({"hidden_states", "_hidden_states_layers"})
+
+
 class Delegated(Exception):
     """This call runs the original forward; the message says why."""
 
@@ -103,33 +107,29 @@ class FastLayer(nn.Module):
         state = self._fastencoder
         call = current_call(state.stack)
         try:
-            output = self._forward_fast(state, call, args, kwargs)
-            state.fast_calls += 1
+            try:
+                output = self._forward_fast(state, call, args, kwargs)
+                state.fast_calls += 1
+            except Delegated as reason:
+                state.delegated_calls += 1
+                state.last_reason = str(reason)
+                output = self._forward_original(call, args, kwargs)
             return output
-        except Delegated as reason:
-            state.delegated_calls += 1
-            state.last_reason = str(reason)
-        except BaseException:
+        except BaseException:  # KeyboardInterrupt too: a hook of the owner would not see it
             abandon_call(state.stack)
             raise
-        return self._forward_original(call, args, kwargs)
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
         hidden, mask, others = _read_arguments(type(self).original_class, adapter.mask, args, kwargs)
         _refuse_arguments(others)
-        if not isinstance(hidden, torch.Tensor):
-            raise Delegated("the hidden states are not a tensor")
+        _refuse_hidden(hidden)
         _refuse_mode(self, hidden)
         binding, projections = state.ready(self)
-        if hidden.is_nested:
-            return self._run_nested(binding, projections, hidden, mask)
-        if type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3:
-            raise Delegated(
-                f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]"
-            )
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
+        if hidden.is_nested:
+            return self._run_nested(binding, projections, hidden, mask)
         if call is not None and call.carried is hidden:
             return self._run_carried(binding, projections, call)
         if mask is None and others.get("cu_seq_lens_q") is not None:
@@ -176,8 +176,6 @@ class FastLayer(nn.Module):
     def _run_nested(self, binding: Binding, projections: Projections, hidden: torch.Tensor, mask: Any) -> Any:
         if mask is not None or hidden.layout is not torch.jagged:
             raise Delegated("a nested tensor with a mask, or one that is not jagged")
-        if hidden.dtype != projections.dtype or hidden.device != projections.device:
-            raise Delegated("the hidden states have another dtype or device than the weights")
         batch = PackedBatch.from_nested(hidden)
         values = run_layer(binding, projections, batch, batch.values)
         return _as_original(binding.spec.adapter, batch.nested_like(hidden, values))
@@ -236,6 +234,14 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
     return not any(has_foreign_hooks(layer) for layer in call.schedule)
 
 
+def _refuse_hidden(hidden: Any) -> None:
+    """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
+    if not isinstance(hidden, torch.Tensor):
+        raise Delegated("the hidden states are not a tensor")
+    if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3):
+        raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
+
+
 def _refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
     if layer.training:
         raise Delegated("the layer is in training mode")
@@ -248,9 +254,10 @@ def _refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
         raise Delegated("a functorch transform is active")
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise Delegated("global module hooks are installed")
-    recorded = collected_outputs() - {"hidden_states", "_hidden_states_layers"}
-    if recorded:
-        raise Delegated(f"{', '.join(sorted(recorded))} are recorded inside the layer")
+    recorded = collected_outputs()
+    if recorded and not recorded <= _RECORDED_OUTSIDE:
+        names = ", ".join(sorted(recorded - _RECORDED_OUTSIDE))
+        raise Delegated(f"{names} are recorded inside the layer")
 
 
 def _refuse_arguments(others: dict[str, Any]) -> None:

@@ -138,14 +138,11 @@ def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return view, view.clone()
 
 
-def _fingerprint(binding: Binding) -> tuple:
-    """Changes whenever a parameter is replaced, moved, cast or written to."""
-    marks = []
-    for module in (*binding.linears.values(), binding.norm1, binding.norm2):
-        for parameter in module._parameters.values():
-            if parameter is None:
-                marks.append(None)
-            else:
-                version = 0 if parameter.is_inference() else parameter._version
-                marks.append((parameter.data_ptr(), version, parameter.dtype))
-    return tuple(marks)
+def _fingerprint(binding: Binding) -> list[tuple[int, int, torch.dtype] | None]:
+    """Changes whenever a parameter is replaced, moved, cast or written to. Runs before every call: keep it short."""
+    modules = (*binding.linears.values(), binding.norm1, binding.norm2)
+    parameters = [parameter for module in modules for parameter in module._parameters.values()]
+    try:
+        return [None if p is None else (p.data_ptr(), p._version, p.dtype) for p in parameters]
+    except RuntimeError:  # tensors made in inference mode have no version
+        return [None if p is None else (p.data_ptr(), 0, p.dtype) for p in parameters]
