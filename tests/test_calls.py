@@ -206,11 +206,12 @@ def test_hooks_inside_a_layer_run(models) -> None:
     stock, fast = models
     inputs = tiny.ragged()
     with torch.inference_mode():
+        fast(**inputs)  # the layers are bound before the hook comes
         for model in (stock, fast):
             model.encoder.layer[1].intermediate.dense.register_forward_hook(lambda _, __, out: out * 0.5)
         expected, got = stock(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
     assert tiny.relative_error(got, expected, inputs["attention_mask"]) < 1e-5
-    assert tiny.calls(fast) == (2, 1)
+    assert tiny.calls(fast) == (5, 1)
 
 
 def test_a_single_layer_called_directly(models) -> None:
