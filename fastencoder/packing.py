@@ -62,7 +62,7 @@ class PackedBatch:
         if min(on_host, default=seqlen) == seqlen:
             return cls(nothing, _uniform_offsets(batch, seqlen, hidden.device), seqlen, None, batch, seqlen)
         offsets = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
-        torch.cumsum(lengths, dim=0, out=offsets[1:])
+        offsets[1:] = lengths.cumsum(0)
         indices = _positions(mask.flatten(), sum(on_host))
         return cls(nothing, offsets, max(on_host), indices, batch, seqlen)
 
