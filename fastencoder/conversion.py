@@ -14,7 +14,7 @@ from torch import nn
 
 from . import registry
 from .layers import FastLayer, LayerState, Stack, fast_class
-from .report import Report, survey
+from .report import Report, check_is_module, survey
 from .spec import Adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,10 +57,10 @@ def to_fast(model: Model, strict: bool = True) -> Model:
         AlreadyFastError: the model has fast layers already.
         TypeError: `model` is not a module.
     """
-    found = survey(model)
-    report = Report(type(model).__name__, [row for row, _ in found])
     if is_fast(model):
         raise AlreadyFastError(f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew.")
+    found = survey(model)
+    report = Report(type(model).__name__, [row for row, _ in found])
     chosen = [(row.name, layer) for row, layer in found if row.status == "eligible"]
     if strict and any(row.status == "refused" for row in report):
         raise NotEligibleError(
@@ -82,6 +82,7 @@ def to_fast(model: Model, strict: bool = True) -> Model:
 def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
     """Everything that can fail comes before the first change."""
     modules = dict(model.named_modules())
+    class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan = []
     for name, layer in chosen:
@@ -92,7 +93,7 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
         if place is not None and place not in stacks:
             stacks[place] = (modules[place[0]], _make_stack(modules[place[0]], place[1], type(layer), adapter))
         stack = stacks[place][1] if place is not None else None
-        padding_is_read = any(type(m).__name__.endswith(adapter.padding_readers) for m in modules.values())
+        padding_is_read = any(class_name.endswith(adapter.padding_readers) for class_name in class_names)
         plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack, padding_is_read)))
     for layer, cls, state in plan:
         object.__setattr__(layer, _STATE, state)
@@ -152,8 +153,7 @@ def is_fast(model: nn.Module) -> bool:
 
 
 def _fast_layers(model: nn.Module) -> list[FastLayer]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, such as a model of transformers, not {type(model).__name__}")
+    check_is_module(model)
     return [module for module in model.modules() if isinstance(module, FastLayer)]
 
 

@@ -145,10 +145,15 @@ def explain(model: nn.Module) -> Report:
     return Report(type(model).__name__, [row for row, _ in survey(model, allow_meta=True)])
 
 
-def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, nn.Module]]:
-    """A row for each encoder layer, with the layer itself."""
+def check_is_module(model: object) -> None:
+    """Raises TypeError for anything but a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, such as a model of transformers, not {type(model).__name__}")
+
+
+def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, nn.Module]]:
+    """A row for each encoder layer, with the layer itself."""
+    check_is_module(model)
     rows = []
     for name, module in model.named_modules():
         row = _row(name, module, allow_meta)

@@ -36,8 +36,6 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-
-
 # What transformers records at a layer's boundary; everything else it records inside.
 _RECORDED_OUTSIDE = frozenset({"hidden_states", "_hidden_states_layers"})
 
@@ -88,10 +86,10 @@ class LayerState:
             projections = self.projections = None
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
+        if projections is None:  # before anything else can end this call: they watch the tensors that were checked
+            projections = self.projections = Projections(binding)
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
-        if projections is None:
-            projections = self.projections = Projections(binding)
         return binding, projections
 
 
@@ -150,8 +148,8 @@ class FastLayer(nn.Module):
                 raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
         if call is not None:
             call.batch, call.mask = batch, mask
-            if call.padded is None:
-                call.padded = batch.indices is None or not _may_carry(self._fastencoder.stack, call)
+            if call.may_carry is None:
+                call.may_carry = batch.indices is not None and _may_carry(self._fastencoder.stack, call)
         values = run_layer(binding, projections, batch, batch.take(hidden))
         return self._hand_over(binding, call, batch, values)
 
@@ -162,16 +160,11 @@ class FastLayer(nn.Module):
 
     def _hand_over(self, binding: Binding, call: StackCall | None, batch: PackedBatch, values: torch.Tensor) -> Any:
         """To the next fast layer as packed `[1, T, D]`, to anybody else as padded `[B, S, D]`."""
-        if call is not None and call.schedule[call.position : call.position + 1] == [self]:
-            keep_packed = call.padded is False and isinstance(call.next_layer(), FastLayer)
-            call.position += 1
-            if keep_packed:
-                call.carried = values.unsqueeze(0)
-                return _as_original(binding.spec.adapter, call.carried)
-        padded = batch.to_padded(values)
-        if binding.spec.adapter.time_major:
-            padded = padded.transpose(0, 1)
-        return _as_original(binding.spec.adapter, padded)
+        adapter = binding.spec.adapter
+        if call is not None and call.advance(self) and call.may_carry and isinstance(call.next_layer(), FastLayer):
+            call.carried = values.unsqueeze(0)
+            return _as_original(adapter, call.carried)
+        return _as_original(adapter, _padded(adapter, batch, values))
 
     def _run_nested(self, binding: Binding, projections: Projections, hidden: torch.Tensor, mask: Any) -> Any:
         if mask is not None or hidden.layout is not torch.jagged:
@@ -193,14 +186,11 @@ class FastLayer(nn.Module):
         """The original forward, on padded hidden states even if they arrive packed."""
         if call is not None:
             if call.carried is not None:
-                carried, padded = call.carried, call.batch.to_padded(call.carried[0])
-                if self._fastencoder.adapter.time_major:
-                    padded = padded.transpose(0, 1)
+                carried, padded = call.carried, _padded(self._fastencoder.adapter, call.batch, call.carried[0])
                 args = tuple(padded if value is carried else value for value in args)
                 kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
                 call.carried = None
-            if call.schedule[call.position : call.position + 1] == [self]:
-                call.position += 1
+            call.advance(self)
         return super().forward(*args, **kwargs)
 
 
@@ -281,6 +271,12 @@ def _read_arguments(original_class: type, mask_name: str, args: tuple, kwargs: d
     given = dict(zip(names, args, strict=False))
     given.update(kwargs)
     return given.pop(names[0], None), given.pop(mask_name, None), given
+
+
+def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
+    """`[B, S, D]`, or `[S, B, D]` for a layer that has time first."""
+    padded = batch.to_padded(values)
+    return padded.transpose(0, 1) if adapter.time_major else padded
 
 
 def _as_original(adapter: Adapter, hidden: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class StackCall:
         batch: the geometry of the padded batch, once the first layer has read the mask.
         mask: the very mask object that `batch` was read from.
         carried: the packed tensor that the last layer returned, while the tokens are packed.
+        may_carry: whether tokens may travel packed in this call; None until the first layer has looked.
     """
 
     schedule: list[nn.Module]
@@ -38,12 +39,18 @@ class StackCall:
     batch: PackedBatch | None = None
     mask: torch.Tensor | None = None
     carried: torch.Tensor | None = None
-    padded: bool | None = field(default=None)
+    may_carry: bool | None = None
+
+    def advance(self, layer: nn.Module) -> bool:
+        """Counts `layer` as run. False, and nothing counted, if it is another one's turn."""
+        if self.next_layer() is not layer:
+            return False
+        self.position += 1
+        return True
 
     def next_layer(self) -> nn.Module | None:
-        """The layer that runs after the one at `position`."""
-        following = self.position + 1
-        return self.schedule[following] if following < len(self.schedule) else None
+        """The layer whose turn it is."""
+        return self.schedule[self.position] if self.position < len(self.schedule) else None
 
 
 class Stack:

@@ -139,9 +139,8 @@ def _rows(longest_first: list[int], lengths: tuple[int, ...], starts: list[int],
     unused = segments < 0
     shared = len(room) < len(longest_first)
     scatter = gather.masked_fill(unused, starts[-1]).flatten()
-    if not unused.any() and not shared:  # equal lengths, one a row
-        return Rows(len(room), row_length, gather.flatten(), scatter, segments=None, shared=False)
-    return Rows(len(room), row_length, gather.flatten(), scatter, segments, shared)
+    needs_mask = shared or bool(unused.any())  # equal lengths, one a row, need none
+    return Rows(len(room), row_length, gather.flatten(), scatter, segments if needs_mask else None, shared)
 
 
 @lru_cache(maxsize=2 * _PLANS_KEPT)
