@@ -20,6 +20,7 @@ _LIBRARY = torch.library.Library("fastencoder", "DEF")
 _TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 _forced: str | None = None
+may_fall_back = True  # False in a dry run, where an error must show
 
 
 class Dispatcher:
@@ -36,7 +37,7 @@ class Dispatcher:
         self._triton_failed = False
 
     def __call__(self, first: torch.Tensor, *rest):
-        kind = _forced or first.device.type
+        kind = device_kind(first)
         if kind == "cpu":
             return self._implementation("cpu")(first, *rest)
         if kind == "cuda" and first.dtype in _TRITON_DTYPES and not self._triton_failed:
@@ -51,6 +52,8 @@ class Dispatcher:
         except torch.OutOfMemoryError:  # the reference needs more memory, not less
             raise
         except Exception as error:
+            if not may_fall_back:
+                raise
             self._triton_failed = True
             warnings.warn(
                 f"fastencoder: the Triton kernel of '{self.name}' cannot run here ({type(error).__name__}: {error}). "
@@ -68,17 +71,23 @@ class Dispatcher:
         return function
 
 
+def device_kind(x: torch.Tensor) -> str:
+    """The type of the device that operations on ``x`` run for: its own, unless :func:`implementation` says otherwise."""
+    return _forced or x.device.type
+
+
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
     """Run every operation inside the block on one implementation, whatever the device: for tests, benchmarks,
     debugging.
 
     Args:
-        name: ``"reference"``, ``"cpu"`` or ``"triton"`` (on CPU tensors Triton needs ``TRITON_INTERPRET=1``).
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` (every operation in Triton; on CPU tensors that needs
+            ``TRITON_INTERPRET=1``), or ``"cuda"`` (chosen as on a CUDA device: Triton or the vendor's library).
     """
     global _forced
-    if name not in ("reference", "cpu", "triton"):
-        raise ValueError(f"implementation must be 'reference', 'cpu' or 'triton', not {name!r}")
+    if name not in ("reference", "cpu", "triton", "cuda"):
+        raise ValueError(f"implementation must be 'reference', 'cpu', 'triton' or 'cuda', not {name!r}")
     previous, _forced = _forced, name
     try:
         yield

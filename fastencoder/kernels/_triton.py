@@ -1,16 +1,21 @@
 """What the Triton launchers share: the limits of a device, one kernel launch as a value, and the precision of a dot.
 
-A launcher is split in two: ``plan(...)`` chooses tiles and returns a :class:`Launch`, and the operation runs it. The
-ahead-of-time compiler calls the same ``plan`` without a GPU, so what it checks is what runs.
+A launcher is split in two: ``plan(...)`` chooses tiles and returns a :class:`Launch`, and the operation runs it. Without
+a GPU, :func:`recording` collects the launches of a whole dry run instead, so that what is compiled ahead of time is what a
+real run asks for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from fastencoder.kernels import _dispatch
 
 # Shared memory that one program may use, in KiB, by compute capability (CUDA C++ Programming Guide, technical
 # specifications per compute capability). Anything not listed gets the smallest amount since compute capability 8.0.
@@ -30,9 +35,14 @@ class DeviceLimits(NamedTuple):
         return 1024 * _SHARED_KIB.get(self.capability, _SHARED_KIB_DEFAULT)
 
 
-@functools.cache
 def device_limits(device: torch.device) -> DeviceLimits:
-    """The limits of a CUDA device; of an H100 for any other device, where a kernel can only be interpreted."""
+    """The limits of a CUDA device; of an H100 for any other device, where a kernel can only be interpreted. Inside
+    :func:`recording`, the limits that were given there."""
+    return _recording.limits if _recording is not None else _limits_of(device)
+
+
+@functools.cache
+def _limits_of(device: torch.device) -> DeviceLimits:
     if device.type != "cuda":
         return DeviceLimits((9, 0), 132)
     properties = torch.cuda.get_device_properties(device)
@@ -61,11 +71,37 @@ class Launch:
         """Launch on the current stream of ``device``; an empty grid launches nothing."""
         if 0 in self.grid:
             return
+        if _recording is not None:
+            _recording.launches.append(self)
+            return
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device, not on that of its arguments
                 self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
         else:
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+class _Recording(NamedTuple):
+    limits: DeviceLimits
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(limits: DeviceLimits) -> Iterator[list[Launch]]:
+    """A dry run: inside the block operations choose as on a CUDA device with these limits, on tensors of any device (also
+    ``meta``), and nothing is launched. Yields the list that fills with the launches. For one thread at a time."""
+    global _recording
+    previous, _recording = _recording, _Recording(limits, [])
+    _dispatch.may_fall_back = False
+    try:
+        with _dispatch.implementation("cuda"):
+            yield _recording.launches
+    finally:
+        _recording = previous
+        _dispatch.may_fall_back = previous is None
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -147,7 +147,7 @@ def test_out_of_memory_is_not_a_reason_to_fall_back(monkeypatch):
 
 
 def test_implementation_names():
-    with pytest.raises(ValueError, match="'reference', 'cpu' or 'triton'"), kernels.implementation("cuda"):
+    with pytest.raises(ValueError, match="'reference', 'cpu', 'triton' or 'cuda'"), kernels.implementation("gpu"):
         pass
     assert _dispatch._forced is None
     with kernels.implementation("reference"), kernels.implementation("cpu"):

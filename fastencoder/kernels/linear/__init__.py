@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastencoder.kernels._dispatch import Dispatcher, register
+from fastencoder.kernels._dispatch import Dispatcher, device_kind, register
 from fastencoder.kernels._triton import dot_precision
 from fastencoder.kernels.linear.reference import ACTIVATIONS
 
@@ -50,7 +50,7 @@ def _run(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _check(x, weight, bias, activation, residual)
-    if x.is_cuda and _vendor_gemm_is_better(x.dtype, activation, residual):
+    if device_kind(x) == "cuda" and _vendor_gemm_is_better(x.dtype, activation, residual):
         out = F.linear(x, weight, bias)
         if activation != "identity":
             out = ACTIVATIONS[activation](out)
