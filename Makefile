@@ -1,7 +1,9 @@
 # make demo    accelerate the real all-MiniLM-L6-v2 and show what happened
-# make test    every test: ruff, the public API's types, pytest
+# make test    every test: ruff, the public API's types, pytest, the kernels' machine code
 # make lint    ruff and types only
-# make gpu     tests and first numbers on a CUDA machine; uses that machine's own Python, installs nothing
+# make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
+# make gpu     the examination on a CUDA machine, under ten minutes, goes on where it was stopped; uses that machine's own
+#              Python, installs nothing. PART=kernels|parity|speed|launches|rates|dispatch|compile, GPU_ARGS='--minutes 4'
 # make clean   remove .venv and everything that was generated
 #
 # Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
@@ -23,6 +25,14 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11' || 
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+# Of `make gpu`: which part, and what else benchmarks/gpu.py takes.
+PART ?= all
+GPU_ARGS ?=
+
+# Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
+OTHER_TRITON ?= 3.6.0
+KERNELS_ARGS ?=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # The models used here are local; nothing may try to reach a model hub.
@@ -33,7 +43,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: help demo test lint style types pytest format gpu clean
+.PHONY: help demo test lint style types pytest kernels format gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,7 +75,7 @@ demo: $(VENV)/.demo
 
 # All of them, also when one fails; pytest's closing line comes last.
 test: $(VENV)/.test
-	@failed=; for step in style types pytest; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+	@failed=; for step in style types kernels pytest; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
 	    if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: style types
@@ -79,11 +89,22 @@ types: $(VENV)/.test
 pytest: $(VENV)/.test
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+# A folder, not a second environment: everything but Triton is the same.
+$(VENV)/triton-$(OTHER_TRITON): $(VENV)/.test
+	@echo "installing triton $(OTHER_TRITON) into $@"
+	@rm -rf $@
+	@$(PIP) --no-deps --target $@ 'triton==$(OTHER_TRITON)'
+	@touch $@
+
+kernels: $(VENV)/.test $(VENV)/triton-$(OTHER_TRITON)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m fastencoder.runtime.inspect_kernels \
+	    --also $(VENV)/triton-$(OTHER_TRITON) $(KERNELS_ARGS)
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 gpu:
-	PYTHONPATH=. $(RUN) python3 benchmarks/gpu.py
+	PYTHONPATH=. $(RUN) python3 benchmarks/gpu.py --part $(PART) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastencoder import kernels
 from fastencoder.demo.measure import FP32_BOUND, LOW_PRECISION_FACTOR
 from fastencoder.kernels._dispatch import Dispatcher
 
@@ -45,9 +47,10 @@ def error_bar(dtype: str, stock_error: float) -> float:
 
 def dispatchers() -> Iterator[Dispatcher]:
     """The dispatchers of all kernels."""
-    for name in ("pack", "linear", "varlen_attention", "add_norm"):
+    for name in (found.name for found in pkgutil.iter_modules(kernels.__path__) if found.ispkg):
         module = sys.modules.get(f"fastencoder.kernels.{name}")
-        yield from (value for value in vars(module).values() if isinstance(value, Dispatcher))
+        if module is not None:
+            yield from (value for value in vars(module).values() if isinstance(value, Dispatcher))
 
 
 def fallbacks() -> list[str]:
@@ -80,7 +83,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "git_changed_files": len(_git("status", "--porcelain").splitlines()) if _git("rev-parse", "HEAD") else None,
         "source_digest": source_digest(),
     }
-    for package in ("transformers", "triton", "numpy"):
+    for package in ("transformers", "triton", "numpy", "flash_attn", "pytest"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -109,10 +112,15 @@ def cpu_flags() -> dict[str, bool]:
 
 
 def source_digest() -> str:
-    """Names the code that ran, also where there is no git: a hash over the package's and the benchmarks' sources."""
+    """Names the code that ran, also where there is no git: a hash over the package's and the benchmarks' sources.
+
+    What only writes reports does not count: a better table is no reason to measure anew.
+    """
     digest = hashlib.sha256()
     for folder in ("fastencoder", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.stem.startswith("gpu_report"):
+                continue
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -19,8 +19,13 @@ def output_folder(given: Path | None) -> Path:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """In one step: an interruption leaves the old file or the new one."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one step, likewise."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -54,6 +54,14 @@ _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 _TINY_IMAGE = {**_TINY, "image_size": 32, "patch_size": 8}
 
 
+def _roberta(config: dict[str, Any]) -> nn.Module:
+    return transformers.RobertaModel(transformers.RobertaConfig(**config), add_pooling_layer=False)
+
+
+def _clip_vision(config: dict[str, Any]) -> nn.Module:
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**config))
+
+
 def _bert(config: dict[str, Any]) -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**config), add_pooling_layer=False)
 
@@ -97,6 +105,14 @@ MINILM = Model(
 )
 VIT_BASE = Model("ViT-B/16", "image", _vit, {}, _TINY_IMAGE)
 DISTILBERT = Model("distilbert", "text", _distilbert, _TEXT, {"dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 96})
+ROBERTA = Model("roberta-base", "text", _roberta, {**_TEXT, "max_position_embeddings": 514, "type_vocab_size": 1}, _TINY)
+CLIP_VISION = Model(
+    "CLIP ViT-L/14",
+    "image",
+    _clip_vision,
+    {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "patch_size": 14},
+    _TINY_IMAGE,
+)
 BART_BASE = Model(
     "bart-base encoder",
     "text",
@@ -114,7 +130,18 @@ WAV2VEC2_BASE = Model(
 )  # fmt: skip
 DINOV2_BASE = Model("dinov2-base", "image", _dinov2, {}, {**_TINY_IMAGE, "mlp_ratio": 2})
 
-PARITY = (BERT_BASE, MINILM, DISTILBERT, VIT_BASE, BART_BASE, WAV2VEC2_BASE, DINOV2_BASE)
+PARITY = (
+    BERT_BASE,
+    BERT_LARGE,
+    ROBERTA,
+    DISTILBERT,
+    MINILM,
+    VIT_BASE,
+    CLIP_VISION,
+    WAV2VEC2_BASE,
+    BART_BASE,
+    DINOV2_BASE,
+)
 
 
 def ragged(model: nn.Module, kind: str, quick: bool, device: torch.device) -> tuple[Inputs, torch.Tensor | None]:
@@ -147,11 +174,11 @@ def alone(inputs: Inputs) -> Inputs:
     return {name: x[:1] for name, x in unpadded(inputs).items()}
 
 
-def text_batch(lengths: list[int], seed: int, device: torch.device) -> Inputs:
-    """Random tokens, right-padded to the longest; the same lengths in another order for another seed."""
+def text_batch(lengths: list[int], seed: int, device: torch.device, seqlen: int | None = None) -> Inputs:
+    """Random tokens, right-padded to `seqlen` or the longest; the same lengths in another order for another seed."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.tensor(lengths)[torch.randperm(len(lengths), generator=generator)]
-    mask = (torch.arange(max(lengths))[None] < shuffled[:, None]).long()
+    mask = (torch.arange(seqlen or max(lengths))[None] < shuffled[:, None]).long()
     ids = torch.randint(3, VOCABULARY, mask.shape, generator=generator)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 

@@ -3,6 +3,7 @@
 from .conversion import AlreadyFastError, NotEligibleError, NotFastError, fast, is_fast, reverse, to_fast
 from .registry import register
 from .report import LayerRow, Report, explain
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -18,4 +19,5 @@ __all__ = [
     "register",
     "reverse",
     "to_fast",
+    "warmup",
 ]

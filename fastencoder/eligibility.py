@@ -146,6 +146,14 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != CAPTURE_MODULE for hook in module._forward_hooks.values())
 
 
+def touched(module: nn.Module) -> bool:
+    """Whether somebody's forward hooks look at a module, or its forward was patched."""
+    state = module.__dict__
+    if "forward" in state:
+        return True
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
+
+
 @cache
 def _sources(module_name: str) -> frozenset[str]:
     """Modelling files that the layer's own file takes parts from: generated files may import a sibling's modules."""

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
-from .kernels import pack, unpack
+from .kernels import pack, read_mask, token_positions, unpack
+from .kernels._dispatch import device_kind
+from .kernels.padding import BIAS, DIFFERS, unreadable
+from .kernels.varlen_attention import query_block, tile_list
 
-# Additive masks mark padding with finfo.min, -inf or -10000 (-9984 once it is rounded to bfloat16). A less negative value
-# would be a bias, not a mask.
-_MASKED_BELOW = -9000.0
+_NOT_PADDING = {DIFFERS: "an attention mask that differs between queries", BIAS: "an additive attention bias"}
 
 
 class NotAPaddingMask(ValueError):
@@ -30,9 +32,10 @@ class PackedBatch:
         values: `[T, D]`, the tokens of all sequences one after the other.
         offsets: int32 `[B + 1]`; sequence `b` is `values[offsets[b]:offsets[b + 1]]`.
         max_seqlen: at least the length of the longest sequence, in tokens.
-        indices: int64 `[T]`, the flat position `b * S + s` of each token in the padded batch; None where there is no padding
+        indices: int32 `[T]`, the flat position `b * S + s` of each token in the padded batch; None where there is no padding
             to put back (`T = B * S`) or no padded form.
         batch, seqlen: B and S of the padded form; `seqlen` is 0 where there is none.
+        lengths: of the sequences, in tokens, where the host knows them.
     """
 
     values: torch.Tensor
@@ -41,30 +44,42 @@ class PackedBatch:
     indices: torch.Tensor | None
     batch: int
     seqlen: int
+    lengths: tuple[int, ...] | None = None
+    _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_padded(cls, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> PackedBatch:
         """Packs `hidden` `[B, S, D]`; `mask` `[B, S]` is nonzero at real tokens, None if all of them are real."""
-        geometry = cls.geometry(hidden, mask)
+        geometry = cls.geometry(hidden, None if mask is None else mask != 0)
         return geometry.with_values(geometry.take(hidden))
 
     @classmethod
-    def geometry(cls, hidden: torch.Tensor, mask: torch.Tensor | None) -> PackedBatch:
-        """The packed batch that `hidden` and `mask` make, with an empty `values`."""
+    def geometry(cls, hidden: torch.Tensor, mask: torch.Tensor | None, marks: str = "tokens") -> PackedBatch:
+        """The packed batch that `hidden` `[B, S, D]` and a mask make, with an empty `values`.
+
+        Args:
+            mask: whatever mask reached a layer, or None: `kernels.padding.read_mask` says what can be read.
+            marks: what a nonzero entry of a mask `[B, S]` stands for: "tokens" or "padding".
+
+        Raises:
+            NotAPaddingMask: the mask differs between queries, or holds other values, or has another shape.
+        """
         batch, seqlen = hidden.shape[:2]
         nothing = hidden.new_empty(0, hidden.shape[2])
         if mask is None:
-            return cls(nothing, _uniform_offsets(batch, seqlen, hidden.device), seqlen, None, batch, seqlen)
-        mask = mask.to(torch.bool)
-        # The one host synchronisation of a forward pass: how many tokens, and how long the longest sequence is.
-        lengths = mask.sum(dim=1)
-        on_host = lengths.tolist()
-        if min(on_host, default=seqlen) == seqlen:
-            return cls(nothing, _uniform_offsets(batch, seqlen, hidden.device), seqlen, None, batch, seqlen)
-        offsets = torch.zeros(batch + 1, dtype=torch.int32, device=hidden.device)
-        offsets[1:] = lengths.cumsum(0)
-        indices = _positions(mask.flatten(), sum(on_host))
-        return cls(nothing, offsets, max(on_host), indices, batch, seqlen)
+            return cls._full(nothing, batch, seqlen)
+        tokens, lengths = _read(mask, batch, seqlen, marks)
+        if min(lengths, default=seqlen) == seqlen:
+            return cls._full(nothing, batch, seqlen)
+        offsets = _to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), hidden.device)
+        indices = token_positions(tokens, offsets, sum(lengths))
+        return cls(nothing, offsets, max(lengths), indices, batch, seqlen, lengths)
+
+    @classmethod
+    def _full(cls, values: torch.Tensor, batch: int, seqlen: int) -> PackedBatch:
+        """Without padding: all sequences are `seqlen` tokens long."""
+        offsets = _uniform_offsets(batch, seqlen, values.device)
+        return cls(values, offsets, seqlen, None, batch, seqlen, (seqlen,) * batch)
 
     @classmethod
     def from_offsets(cls, values: torch.Tensor, offsets: torch.Tensor, max_seqlen: int | None = None) -> PackedBatch:
@@ -98,6 +113,17 @@ class PackedBatch:
         """`values` `[T, D]` as a nested tensor with the very offsets of `nested`, so that the two can be added."""
         return _jagged(values, nested.offsets(), self.max_seqlen)  # type: ignore[attr-defined]
 
+    def tiles(self, head_dim: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Attention's list of work on the device (int32 `[n, 2]`, see `kernels.varlen_attention`). None where it is not
+        needed: on the CPU, or if all sequences are equally long."""
+        on_gpu = device_kind(self.offsets) in ("cuda", "triton")
+        if not self._tiles and (not on_gpu or self.lengths is None or self.indices is None):
+            return None
+        queries = query_block(head_dim, dtype, self.max_seqlen, self.offsets.device)
+        if queries not in self._tiles and self.lengths is not None:
+            self._tiles[queries] = _to_device(tile_list(self.lengths, queries), self.offsets.device)
+        return self._tiles.get(queries)
+
     def with_values(self, values: torch.Tensor) -> PackedBatch:
         """The same batch with other contents `[T, D]`."""
         return replace(self, values=values)
@@ -118,11 +144,9 @@ class PackedBatch:
         return unpack(values, self.indices, self.batch, self.seqlen)
 
 
-def _positions(flat: torch.Tensor, count: int) -> torch.Tensor:
-    """The positions of the `count` True entries of `flat`, without asking the device how many there are."""
-    slot = torch.where(flat, flat.cumsum(0) - 1, count)  # everything else is written to one slot more, and dropped
-    positions = torch.empty(count + 1, dtype=torch.int64, device=flat.device)
-    return positions.scatter_(0, slot, torch.arange(flat.numel(), device=flat.device))[:count]
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host's on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _jagged(values: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
@@ -148,26 +172,16 @@ def key_padding_mask(mask: torch.Tensor | None, batch: int, seqlen: int, marks: 
     Raises:
         NotAPaddingMask: the mask differs between queries, or holds other values, or has another shape.
     """
-    if mask is None:
-        return None
-    if mask.dim() == 2 and mask.shape == (batch, seqlen) and not mask.is_floating_point():
-        return mask.bool() if marks == "tokens" else mask == 0
-    if (
-        mask.dim() != 4
-        or mask.shape[1] != 1
-        or mask.shape[3] != seqlen
-        or mask.shape[0] not in (1, batch)
-        or (mask.shape[2] not in (1, seqlen))
-    ):
-        raise NotAPaddingMask(f"an attention mask of shape {tuple(mask.shape)}")
-    if mask.shape[2] != 1 and mask.stride(2) != 0 and not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
-        raise NotAPaddingMask("an attention mask that differs between queries")
-    row = mask[:, 0, 0].expand(batch, seqlen)
-    if row.dtype == torch.bool:
-        return row
-    if not row.is_floating_point():
-        raise NotAPaddingMask(f"an attention mask of dtype {row.dtype}")
-    tokens = row == 0
-    if not torch.all(tokens | (row <= _MASKED_BELOW)):
-        raise NotAPaddingMask("an additive attention bias")
-    return tokens
+    return None if mask is None else _read(mask, batch, seqlen, marks)[0]
+
+
+def _read(mask: torch.Tensor, batch: int, seqlen: int, marks: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The real tokens `[B, S]`, on the device, and the lengths of the sequences."""
+    reason = unreadable(mask, batch, seqlen)
+    if reason is not None:
+        raise NotAPaddingMask(reason)
+    tokens, summary = read_mask(mask, batch, seqlen, marks)
+    lengths = tuple(summary.tolist())  # the one time in a forward that the host waits for the device
+    if min(lengths, default=0) < 0:
+        raise NotAPaddingMask(_NOT_PADDING[min(lengths)])
+    return tokens, lengths

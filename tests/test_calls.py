@@ -140,9 +140,9 @@ def test_explain_says_why_calls_were_not_fast(models) -> None:
 
 
 def test_gradients_warn_once() -> None:
-    from fastencoder.layers import fast_layer
+    from fastencoder.layers import guards
 
-    fast_layer._warned_gradients = False
+    guards._warned_gradients = False
     fast = to_fast(tiny.bert())
     with pytest.warns(UserWarning, match="inference_mode") as caught:
         fast(**tiny.ragged())

@@ -16,8 +16,10 @@ import torch
 
 _LIBRARY = torch.library.Library("fastencoder", "DEF")
 
-# What the Triton kernels are written for. Other floating types (float64) go to the reference without a word.
-_TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+# What the Triton kernels are written for: masks and ids, and these. float64 goes to the reference without a word.
+_TRITON_DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32}
+)
 
 _forced: str | None = None
 may_fall_back = True  # False in a dry run, where an error must show

@@ -7,12 +7,12 @@ checks run again.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..eligibility import attention_implementation, has_foreign_hooks, inspect_layer, lookup
+from ..eligibility import attention_implementation, inspect_layer, lookup, touched
 from ..spec import LINEAR_SLOTS, Adapter, LayerSpec
 
 # Modules that compute the same in training and in evaluation.
@@ -21,6 +21,7 @@ _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
 
 class _Watched(NamedTuple):
     module: nn.Module
+    state: dict[str, Any]  # the module's attributes
     cls: type
     children: tuple[nn.Module | None, ...]
     touched: bool
@@ -40,12 +41,13 @@ class Binding:
         self.spec: LayerSpec | None = finding.spec
         self.reasons = finding.reasons
         self._watched = [
-            _Watched(module, type(module), tuple(module._modules.values()), _touched(module))
+            _Watched(module, vars(module), type(module), tuple(module._modules.values()), touched(module))
             for module in layer.modules()
             if module is not layer
         ]
         self._modal = [watched.module for watched in self._watched if watched.cls not in _WITHOUT_MODES]
         self._names = self.spec.names if self.spec is not None else adapter.names[0]
+        self._attention_state = vars(lookup(layer, self._names.attention) or layer)
         self._implementation = attention_implementation(layer, self._names)
         self._layer_children = tuple(layer._modules.values())
         self._layer_patched = "forward" in vars(layer)
@@ -67,15 +69,20 @@ class Binding:
         ]
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether the layer is still made of the same modules, neither hooked nor patched since."""
+        """Whether the layer is still made of the same modules, neither hooked nor patched since. Runs before every call of
+        every layer, so it looks no further than it must."""
         if tuple(layer._modules.values()) != self._layer_children or ("forward" in vars(layer)) != self._layer_patched:
             return False
-        for module, cls, children, touched in self._watched:
-            if type(module) is not cls or _touched(module) != touched:
+        for module, state, cls, children, was_touched in self._watched:
+            if type(module) is not cls:
                 return False
-            if (children or module._modules) and tuple(module._modules.values()) != children:
+            suspect = was_touched or "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]
+            if suspect and touched(module) != was_touched:
                 return False
-        if attention_implementation(layer, self._names) != self._implementation:
+            present = state["_modules"]
+            if (children or present) and tuple(present.values()) != children:
+                return False
+        if getattr(self._attention_state.get("config"), "_attn_implementation", None) != self._implementation:
             return False
         # Where there is a spec, `Projections` watches the tensors.
         return self.spec is not None or _tensors(layer) == self._tensors
@@ -96,13 +103,6 @@ class Binding:
         """The factor on the scores, as the layer's attention has it now."""
         value = getattr(self.scale_owner, self.scale_name, None)
         return self.spec.scale if value is None else value
-
-
-def _touched(module: nn.Module) -> bool:
-    state = module.__dict__
-    if "forward" in state:
-        return True
-    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
 
 
 def _tensors(layer: nn.Module) -> list[tuple[type, torch.dtype, torch.device]]:

@@ -1,4 +1,4 @@
-"""Fast classes: for each layer class a subclass that can be found again by name, as pickle and deepcopy need.
+"""Fast classes: for each class of layers or embeddings a subclass that can be found again by name, as pickle and deepcopy need.
 
 `FastBertLayer` is `getattr(fastencoder.layers.classes, "transformers/models/bert/modeling_bert:BertLayer")`: the subclass of
 the class of that name, made when it is first asked for. (A dot would make pickle look for attributes of attributes.)
@@ -11,23 +11,27 @@ from functools import reduce
 
 from torch import nn
 
+from ..families.embeddings import EMBEDDINGS
+from ..registry import qualified_name
+from .fast_embeddings import FastEmbeddings
 from .fast_layer import FastLayer
 
-_made: dict[type[nn.Module], type[FastLayer]] = {}
+_made: dict[type[nn.Module], type[FastLayer] | type[FastEmbeddings]] = {}
 
 
-def fast_class(layer_class: type[nn.Module]) -> type[FastLayer]:
-    """The fast subclass of a layer class; always the same object for the same class."""
-    if layer_class in _made:
-        return _made[layer_class]
-    fast = type(f"Fast{layer_class.__name__}", (FastLayer, layer_class), {"original_class": layer_class})
+def fast_class(original_class: type[nn.Module]) -> type[FastLayer] | type[FastEmbeddings]:
+    """The fast subclass of a class of layers or embeddings; always the same object for the same class."""
+    if original_class in _made:
+        return _made[original_class]
+    mixin = FastEmbeddings if qualified_name(original_class) in EMBEDDINGS else FastLayer
+    fast = type(f"Fast{original_class.__name__}", (mixin, original_class), {"original_class": original_class})
     fast.__module__ = __name__
-    fast.__qualname__ = f"{layer_class.__module__}:{layer_class.__qualname__}".replace(".", "/")
-    fast.__doc__ = f"`{layer_class.__qualname__}` on packed tokens, through fused kernels."
-    return _made.setdefault(layer_class, fast)
+    fast.__qualname__ = f"{original_class.__module__}:{original_class.__qualname__}".replace(".", "/")
+    fast.__doc__ = f"`{original_class.__qualname__}` through fused kernels."
+    return _made.setdefault(original_class, fast)
 
 
-def __getattr__(name: str) -> type[FastLayer]:
+def __getattr__(name: str) -> type[nn.Module]:
     module_name, colon, qualified = name.partition(":")
     try:
         if not colon:

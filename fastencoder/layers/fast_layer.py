@@ -5,43 +5,23 @@ A call that the fused program cannot do exactly goes to the original `forward`, 
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from ..eligibility import has_foreign_hooks, lookup
-from ..packing import NotAPaddingMask, PackedBatch, key_padding_mask
+from ..packing import NotAPaddingMask, PackedBatch
 from ..spec import Adapter
+from . import traced
+from .arguments import first_parameter, read_arguments
 from .binding import Binding
+from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
+from .joined import separate
 from .program import run_layer
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .weights import Projections
-
-# Arguments of a layer's forward that change nothing for an encoder layer without positional terms in its attention.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache_position",
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
-        "max_length_k",
-        "max_length_q",
-        "output_hidden_states",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
-# What transformers records at a layer's boundary; everything else it records inside.
-_RECORDED_OUTSIDE = frozenset({"hidden_states", "_hidden_states_layers"})
-
-
-class Delegated(Exception):
-    """This call runs the original forward; the message says why."""
+from .whole import input_of, run_whole
 
 
 class LayerState:
@@ -56,6 +36,7 @@ class LayerState:
         self.adapter = adapter
         self.stack = stack
         self.padding_is_read = padding_is_read
+        self.joined = False  # some parameters of the layer share one storage
         self._forget()
 
     def _forget(self) -> None:
@@ -67,11 +48,22 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer finds its own parts and weights.
-        return {"adapter": self.adapter, "stack": self.stack, "padding_is_read": self.padding_is_read}
+        kept = ("adapter", "stack", "padding_is_read", "joined")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def release(self, layer: nn.Module) -> None:
+        """Undoes what running the layer fast has done to its parameters' storage."""
+        if not self.joined:
+            return
+        for names in self.adapter.names:
+            linears = [lookup(layer, path) for path in (names.query, names.key, names.value)]
+            for name in ("weight", "bias"):
+                parameters = [getattr(linear, name, None) for linear in linears]
+                separate([parameter for parameter in parameters if isinstance(parameter, nn.Parameter)])
 
     def reads_padding(self, layer: nn.Module) -> bool:
         """Whether code behind the layers reads the hidden states at padding (`spec.Adapter.padding_is_read`)."""
@@ -88,6 +80,7 @@ class LayerState:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
         if projections is None:  # before anything else can end this call: they watch the tensors that were checked
             projections = self.projections = Projections(binding)
+            self.joined = self.joined or projections.layout == "joined"
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
         return binding, projections
@@ -100,10 +93,12 @@ class FastLayer(nn.Module):
     _fastencoder: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
         state = self._fastencoder
         call = current_call(state.stack)
+        if torch.compiler.is_compiling() or (call is not None and isinstance(call.batch, traced.TracedBatch)):
+            return traced.forward(self, call, args, kwargs)
         try:
             try:
                 output = self._forward_fast(state, call, args, kwargs)
@@ -119,10 +114,13 @@ class FastLayer(nn.Module):
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
-        hidden, mask, others = _read_arguments(type(self).original_class, adapter.mask, args, kwargs)
-        _refuse_arguments(others)
-        _refuse_hidden(hidden)
-        _refuse_mode(self, hidden)
+        others = read_arguments(type(self).original_class, args, kwargs)
+        hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
+        refuse_arguments(others)
+        if call is not None and call.whole_output is not None and call.carried is hidden:
+            return self._pass_on(adapter, call)
+        refuse_hidden(hidden)
+        refuse_mode(self, hidden)
         binding, projections = state.ready(self)
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
@@ -148,8 +146,14 @@ class FastLayer(nn.Module):
                 raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
         if call is not None:
             call.batch, call.mask = batch, mask
+            stack = self._fastencoder.stack
             if call.may_carry is None:
-                call.may_carry = batch.indices is not None and _may_carry(self._fastencoder.stack, call)
+                call.may_carry = (batch.indices is not None or stack.graphs is not None) and _may_carry(stack, call)
+            if stack.graphs is not None and call.may_carry and _runs_whole(call):
+                call.whole_output = run_whole(stack.graphs, call, batch, hidden)
+                if call.whole_output is not None:
+                    call.whole_input = hidden
+                    return self._pass_on(binding.spec.adapter, call)
         values = run_layer(binding, projections, batch, batch.take(hidden))
         return self._hand_over(binding, call, batch, values)
 
@@ -165,6 +169,16 @@ class FastLayer(nn.Module):
             call.carried = values.unsqueeze(0)
             return _as_original(adapter, call.carried)
         return _as_original(adapter, _padded(adapter, batch, values))
+
+    def _pass_on(self, adapter: Adapter, call: StackCall) -> Any:
+        """All layers have run already: the last one returns what came out, those before it a stand-in of its shape."""
+        call.carried = None
+        call.advance(self)
+        if call.next_layer() is None:
+            output = call.whole_output
+            return _as_original(adapter, output.transpose(0, 1) if adapter.time_major else output)
+        call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
+        return _as_original(adapter, call.carried)
 
     def _run_nested(self, binding: Binding, projections: Projections, hidden: torch.Tensor, mask: Any) -> Any:
         if mask is not None or hidden.layout is not torch.jagged:
@@ -186,10 +200,12 @@ class FastLayer(nn.Module):
         """The original forward, on padded hidden states even if they arrive packed."""
         if call is not None:
             if call.carried is not None:
-                carried, padded = call.carried, _padded(self._fastencoder.adapter, call.batch, call.carried[0])
+                carried = call.carried
+                values = carried[0] if call.whole_output is None else input_of(call, call.batch)
+                padded = _padded(self._fastencoder.adapter, call.batch, values)
                 args = tuple(padded if value is carried else value for value in args)
                 kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
-                call.carried = None
+                call.carried = call.whole_output = None
             call.advance(self)
         return super().forward(*args, **kwargs)
 
@@ -201,10 +217,9 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
     if mask is not None and type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
     try:
-        marks = key_padding_mask(mask, *hidden.shape[:2], marks=binding.spec.adapter.mask_marks)
+        return PackedBatch.geometry(hidden, mask, binding.spec.adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
-    return PackedBatch.geometry(hidden, marks)
 
 
 def _is_causal_without_mask(binding: Binding) -> bool:
@@ -215,6 +230,11 @@ def _is_causal_without_mask(binding: Binding) -> bool:
     return getattr(config, "_attn_implementation", "eager") != "eager"
 
 
+def _runs_whole(call: StackCall) -> bool:
+    """Whether this is the first layer of the call, and all of them are fast."""
+    return call.position == 0 and all(isinstance(layer, FastLayer) for layer in call.schedule)
+
+
 def _may_carry(stack: Stack | None, call: StackCall) -> bool:
     """Whether packed tokens may travel between the layers of this call: nobody but the layers must see them."""
     if stack is None or not stack.may_carry or call.wants_hidden_states:
@@ -222,55 +242,6 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
     if "hidden_states" in collected_outputs():
         return False
     return not any(has_foreign_hooks(layer) for layer in call.schedule)
-
-
-def _refuse_hidden(hidden: Any) -> None:
-    """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
-    if not isinstance(hidden, torch.Tensor):
-        raise Delegated("the hidden states are not a tensor")
-    if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3):
-        raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
-
-
-def _refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
-    if layer.training:
-        raise Delegated("the layer is in training mode")
-    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        _warn_gradients()
-        raise Delegated("a gradient may be needed")
-    if torch.is_autocast_enabled(hidden.device.type):
-        raise Delegated("autocast is on")
-    if torch._C._are_functorch_transforms_active():
-        raise Delegated("a functorch transform is active")
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        raise Delegated("global module hooks are installed")
-    recorded = collected_outputs()
-    if recorded and not recorded <= _RECORDED_OUTSIDE:
-        names = ", ".join(sorted(recorded - _RECORDED_OUTSIDE))
-        raise Delegated(f"{names} are recorded inside the layer")
-
-
-def _refuse_arguments(others: dict[str, Any]) -> None:
-    for name, value in others.items():
-        if value is None or value is False or name in _WITHOUT_EFFECT:
-            continue
-        raise Delegated(f"the argument {name} is given")
-
-
-@cache
-def _parameter_names(original_class: type) -> tuple[str, ...]:
-    parameters = list(inspect.signature(original_class.forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-
-def _read_arguments(original_class: type, mask_name: str, args: tuple, kwargs: dict) -> tuple[Any, Any, dict[str, Any]]:
-    """Hidden states, mask, and everything else by name."""
-    names = _parameter_names(original_class)
-    if len(args) > len(names):
-        raise Delegated("the layer is called with more arguments than it takes")
-    given = dict(zip(names, args, strict=False))
-    given.update(kwargs)
-    return given.pop(names[0], None), given.pop(mask_name, None), given
 
 
 def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
@@ -284,17 +255,3 @@ def _as_original(adapter: Adapter, hidden: torch.Tensor) -> Any:
     if adapter.extra_outputs is None:
         return hidden
     return (hidden, *(None,) * adapter.extra_outputs)
-
-
-_warned_gradients = False
-
-
-def _warn_gradients() -> None:
-    global _warned_gradients
-    if not _warned_gradients:
-        _warned_gradients = True
-        warnings.warn(
-            "fastencoder: gradients are enabled, so the original layers run and nothing is faster. Wrap the call in "
-            "torch.inference_mode() (or torch.no_grad()) if you do not train.",
-            stacklevel=4,
-        )

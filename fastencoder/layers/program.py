@@ -21,9 +21,9 @@ def run_layer(binding: Binding, projections: Projections, batch: PackedBatch, x:
 
 def _post_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
     mixed = _attention(binding, projections, batch, x)
-    x, _ = _project_add_norm(projections, projections.out, mixed, x, binding.norm1)
+    x, _ = _project_add_norm(projections, projections.out, mixed, x, binding.norm1, keep_sum=False)
     inner = _up(binding, projections, x)
-    x, _ = _project_add_norm(projections, projections.down, inner, x, binding.norm2)
+    x, _ = _project_add_norm(projections, projections.down, inner, x, binding.norm2, keep_sum=False)
     return x
 
 
@@ -33,15 +33,14 @@ def _pre_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: t
     mixed = _attention(binding, projections, batch, normed)
     normed, x = _project_add_norm(projections, projections.out, mixed, x, binding.norm2, scale1)
     inner = _up(binding, projections, normed)
-    if scale2 is None:
-        return projections.down(inner, residual=x)
-    return torch.addcmul(x, projections.down(inner), scale2.to(x.dtype))
+    return projections.down(inner, residual=x, scale=scale2)
 
 
 def _attention(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
     """Attention up to, not including, its output projection: `[T, D]` -> `[T, H * d]`."""
     q, k, v = projections.qkv(x)
-    return varlen_attention(q, k, v, batch.offsets, batch.max_seqlen, binding.scale).flatten(1)
+    tiles = batch.tiles(binding.spec.head_dim, x.dtype)
+    return varlen_attention(q, k, v, batch.offsets, batch.max_seqlen, binding.scale, tiles=tiles).flatten(1)
 
 
 def _up(binding: Binding, projections: Projections, x: torch.Tensor) -> torch.Tensor:
@@ -58,11 +57,13 @@ def _project_add_norm(
     residual: torch.Tensor,
     norm: torch.nn.LayerNorm,
     scale: torch.Tensor | None = None,
+    keep_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum = residual + scale * projection(x)`; returns `norm(sum)` and `sum`."""
+    """`sum = residual + scale * projection(x)`; returns `norm(sum)` and, if it is kept, `sum`."""
     if projections.fuses_residual and scale is None:
         return _norm(norm, projection(x, residual=residual))
-    return _norm(norm, projection(x), residual, scale)
+    sums, bias = projection.sums(x)
+    return _norm(norm, sums, residual, scale, bias, keep_sum)
 
 
 def _norm(
@@ -70,11 +71,13 @@ def _norm(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    keep_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = norm.weight, norm.bias
-    if weight.dtype != x.dtype:  # the working dtype is not the weights'
+    if weight.dtype != x.dtype and x.dim() == 2:  # the working dtype is not the weights' (partial sums are float32 anyway)
         weight, bias, scale = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias, scale))
-    return add_norm(x, residual, weight, bias, norm.eps, scale)
+    return add_norm(x, residual, weight, bias, norm.eps, scale, x_bias=x_bias, keep_sum=keep_sum)
 
 
 def _clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:

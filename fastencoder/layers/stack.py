@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..eligibility import CAPTURE_MODULE
 from ..packing import PackedBatch
+from ..runtime.graphs import GraphRunner
 
 
 @dataclass
@@ -31,6 +33,8 @@ class StackCall:
         mask: the very mask object that `batch` was read from.
         carried: the packed tensor that the last layer returned, while the tokens are packed.
         may_carry: whether tokens may travel packed in this call; None until the first layer has looked.
+        whole_input, whole_output: padded hidden states before the first and after the last layer, where all layers have run
+            at once.
     """
 
     schedule: list[nn.Module]
@@ -40,6 +44,8 @@ class StackCall:
     mask: torch.Tensor | None = None
     carried: torch.Tensor | None = None
     may_carry: bool | None = None
+    whole_input: torch.Tensor | None = None
+    whole_output: torch.Tensor | None = None
 
     def advance(self, layer: nn.Module) -> bool:
         """Counts `layer` as run. False, and nothing counted, if it is another one's turn."""
@@ -62,13 +68,17 @@ class Stack:
         schedule: "list" or "albert" (`spec.Adapter`).
         may_carry: False if the loop around the layers is not transformers' own or keeps every layer's output: then each
             layer returns padded hidden states.
+        graphs: where small batches run as CUDA graphs, if the user asked for it.
     """
 
-    def __init__(self, owner_class: str, path: str, schedule: str, may_carry: bool) -> None:
+    def __init__(
+        self, owner_class: str, path: str, schedule: str, may_carry: bool, graphs: GraphRunner | None = None
+    ) -> None:
         self.owner_class = owner_class
         self.path = path
         self.schedule = schedule
         self.may_carry = may_carry
+        self.graphs = graphs
 
     def layers_of(self, owner: nn.Module) -> list[nn.Module]:
         """The layers in call order, as they are now."""
@@ -87,6 +97,11 @@ class Stack:
         owner.register_forward_hook(_CloseStack(self), always_call=True)
 
     @staticmethod
+    def installed(owner: nn.Module) -> list[Stack]:
+        """The stacks that hook this module."""
+        return [hook.stack for hook in owner._forward_pre_hooks.values() if isinstance(hook, _OpenStack)]
+
+    @staticmethod
     def remove(owner: nn.Module) -> None:
         """Takes every stack's hooks off the owner, also off a copy of a hooked owner."""
         for hooks, companions in (
@@ -99,27 +114,27 @@ class Stack:
                     companion.pop(key, None)
 
 
-_local = threading.local()
-
-
-def _calls() -> dict[int, list[StackCall]]:
+class _Local(threading.local):
     """This thread's open calls, by stack (a list, because a forward may run inside another of the same stack)."""
-    if not hasattr(_local, "calls"):
-        _local.calls = {}
-    return _local.calls
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[StackCall]] = {}
+
+
+_local = _Local()
 
 
 def current_call(stack: Stack | None) -> StackCall | None:
     """The innermost open call of this stack in this thread."""
     if stack is None:
         return None
-    calls = _calls().get(id(stack))
+    calls = _local.calls.get(id(stack))
     return calls[-1] if calls else None
 
 
 def abandon_call(stack: Stack | None) -> None:
     """Forgets this stack's open calls: something went wrong in the middle of one."""
-    _calls().pop(id(stack), None)
+    _local.calls.pop(id(stack), None)
 
 
 class _OpenStack:
@@ -129,10 +144,8 @@ class _OpenStack:
         self.stack = stack
 
     def __call__(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling():
-            return
         call = StackCall(self.stack.layers_of(owner), _argument(owner, args, kwargs, "output_hidden_states"))
-        _calls().setdefault(id(self.stack), []).append(call)
+        _local.calls.setdefault(id(self.stack), []).append(call)
 
 
 class _CloseStack:
@@ -142,9 +155,7 @@ class _CloseStack:
         self.stack = stack
 
     def __call__(self, owner: nn.Module, args: tuple, output: object) -> None:
-        if torch.compiler.is_compiling():
-            return
-        calls = _calls().get(id(self.stack))
+        calls = _local.calls.get(id(self.stack))
         if not calls:
             return
         call = calls.pop()
@@ -164,8 +175,19 @@ def _argument(owner: nn.Module, args: tuple, kwargs: dict, name: str) -> bool:
         return bool(kwargs[name])
     if not args:
         return False
-    parameters = list(inspect.signature(type(owner).forward).parameters)[1:]
+    parameters = _parameters(type(owner))
     return name in parameters and parameters.index(name) < len(args) and bool(args[parameters.index(name)])
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import all of Dynamo together with this package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
+def _parameters(owner_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(owner_class.forward).parameters)[1:]
 
 
 def collected_outputs() -> frozenset[str]:

@@ -1,56 +1,69 @@
 """The six projections of a layer in the form in which they are multiplied, rebuilt when the parameters change.
 
 On the CPU oneDNN keeps a copy of each weight in its own layout (queries, keys and values as one), which is the only memory
-that a conversion costs. Anywhere else the model's own parameters are used as they are.
+that a conversion costs. On CUDA the parameters of queries, keys and values move into one storage, where they are one weight.
+Anywhere else the model's own parameters are used as they are.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 from .. import kernels
+from ..kernels._dispatch import device_kind
 from ..kernels.linear import cpu as linear_cpu
 from ..spec import LayerSpec
 from .binding import Binding
+from .joined import joined
 
 _QKV = ("query", "key", "value")
 _PROBED = 64  # elements of a weight that are compared before each call
 
 
 class Projection(Protocol):
-    """`activation(x @ weight.T + bias) + residual`: `[T, K]` -> `[T, N]`, in the dtype of `x`."""
+    """`scale * activation(x @ weight.T + bias) + residual`: `[T, K]` -> `[T, N]`, in the dtype of `x`."""
 
     def __call__(
-        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        activation: str = "identity",
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
+
+    def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 class Projections:
     """Applies a layer's projections to packed tokens `[T, *]`.
 
-    `up`, `out` and `down` are functions `(x, activation="identity", residual=None) -> [T, N]`; `qkv(x)` returns three views
-    `[T, H, d]`. `fuses_residual` says whether a residual costs nothing there.
+    `up`, `out` and `down` are functions `(x, activation="identity", residual=None, scale=None) -> [T, N]`; `qkv(x)` returns
+    three views `[T, H, d]`. `fuses_residual` says whether a residual costs nothing there.
     """
 
     def __init__(self, binding: Binding) -> None:
         spec = binding.spec
-        self._fingerprint = _fingerprint(binding)
         self._heads = (spec.num_heads, spec.head_dim)
         weights = {slot: linear.weight for slot, linear in binding.linears.items()}
         self.dtype, self.device = weights["query"].dtype, weights["query"].device
-        self._prepacked = all(_may_prepack(weight) for weight in weights.values())
-        self.fuses_residual = self._prepacked
+        self.layout = _layout(binding)
+        self.fuses_residual = self.layout == "prepacked"
         self._qkv_biases = _qkv_biases(binding.linears)
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if self._prepacked:
+        qkv = [weights[slot] for slot in _QKV]
+        if self.layout == "prepacked":
             self._probes = [_probe(weight) for weight in weights.values()]
-            self._qkv_weight = linear_cpu.prepack(torch.cat([weights[slot].detach() for slot in _QKV]))
-        make = _Prepacked if self._prepacked else _Plain
+            self._qkv_weight = linear_cpu.prepack(torch.cat([weight.detach() for weight in qkv]))
+        elif self.layout == "joined":
+            self._qkv_weight = joined(qkv)
+            self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
+        make = _Prepacked if self.layout == "prepacked" else _Plain
         self.query, self.key, self.value = (_Plain(binding.linears[slot]) for slot in _QKV)
         self.out, self.up, self.down = (make(binding.linears[slot]) for slot in ("out", "up", "down"))
+        self._fingerprint = _fingerprint(binding)
 
     def working_dtype(self, tokens: int) -> torch.dtype:
         """The dtype to compute in: that of the weights, or float32 where the processor is faster in it."""
@@ -60,15 +73,22 @@ class Projections:
 
     def current(self, binding: Binding) -> bool:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""
-        return _fingerprint(binding) == self._fingerprint and all(torch.equal(*probe) for probe in self._probes)
+        return (
+            _fingerprint(binding) == self._fingerprint
+            and _layout(binding) == self.layout
+            and all(torch.equal(*probe) for probe in self._probes)
+        )
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[T, D]` -> queries, keys and values, each `[T, H, d]` (on the CPU: views of one buffer)."""
+        """`[T, D]` -> queries, keys and values, each `[T, H, d]` (views of one buffer, except in the plain layout)."""
+        if self.layout == "joined":
+            fused = kernels.linear(x, self._qkv_weight, self._qkv_bias)
+            return fused.view(-1, 3, *self._heads).unbind(1)
         projections = (self.query, self.key, self.value)
         if self.device.type != "cpu":
             return tuple(projection(x).view(-1, *self._heads) for projection in projections)
-        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).to(x.dtype)
-        if self._prepacked and x.dtype == self.dtype:
+        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach().to(x.dtype)
+        if self.layout == "prepacked" and x.dtype == self.dtype:
             fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
         else:
             weight = torch.cat([projection.linear.weight for projection in projections])
@@ -83,12 +103,24 @@ class _Plain:
         self.linear = linear
 
     def __call__(
-        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        activation: str = "identity",
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         weight, bias = self.linear.weight, self.linear.bias
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return kernels.linear(x, weight, bias, activation, residual)
+        return kernels.linear(x, weight, bias, activation, residual, scale=scale)
+
+    def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """For `add_norm`: the product `[T, N]`, or its partial sums `[P, T, N]` and the bias that is still to be added. Few
+        tokens leave most of a GPU idle unless the sum over K is divided."""
+        weight = self.linear.weight
+        if device_kind(x) == "cuda" and kernels.partial_splits(x.shape[0], *weight.shape, x.dtype, x.device) > 1:
+            return kernels.linear_partial(x, weight), self.linear.bias
+        return self(x), None
 
 
 class _Prepacked(_Plain):
@@ -99,11 +131,15 @@ class _Prepacked(_Plain):
         self._weight = linear_cpu.prepack(linear.weight)
 
     def __call__(
-        self, x: torch.Tensor, activation: str = "identity", residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        activation: str = "identity",
+        residual: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if x.dtype != self.linear.weight.dtype:
-            return super().__call__(x, activation, residual)
-        return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual)
+            return super().__call__(x, activation, residual, scale)
+        return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual, scale=scale)
 
 
 def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
@@ -111,20 +147,30 @@ def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
     return spec.linear_bytes if _may_prepack(weight) else 0
 
 
+def _layout(binding: Binding) -> Literal["prepacked", "joined", "plain"]:
+    """How the weights of a layer are kept, for the device that it runs on."""
+    weights = [linear.weight for linear in binding.linears.values()]
+    if device_kind(weights[0]) in ("cuda", "triton"):
+        own = len({id(binding.linears[slot].weight) for slot in _QKV}) == len(_QKV)  # not tied to one another
+        return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
+    return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"
+
+
 def _may_prepack(weight: torch.Tensor) -> bool:
     # A tensor made in inference mode changes without a version: a copy of it could be stale.
     return linear_cpu.can_prepack(weight) and not weight.is_inference()
 
 
-def _qkv_biases(linears: dict[str, nn.Linear]) -> list[torch.Tensor] | None:
+def _qkv_biases(linears: dict[str, nn.Linear]) -> list[nn.Parameter] | None:
     """The biases of queries, keys and values; some models have none for keys, and zeros stand for it."""
     modules = [linears[slot] for slot in _QKV]
     if all(module.bias is None for module in modules):
         return None
-    return [
-        module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.detach()
-        for module in modules
-    ]
+    with torch.inference_mode(False):
+        return [
+            nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False) if module.bias is None else module.bias
+            for module in modules
+        ]
 
 
 def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

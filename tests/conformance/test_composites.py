@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import fastencoder
+from fastencoder.layers import FastLayer
 
 from . import batches, measure, weights
 from .cases_post_ln import SEQ2SEQ, TEXT, WAV2VEC2
@@ -41,9 +42,8 @@ def fast_classes(model: nn.Module) -> dict[str, int]:
     """Name of the original class -> how many fast layers of it there are."""
     counts: dict[str, int] = {}
     for module in model.modules():
-        original = getattr(type(module), "original_class", None)
-        if original is not None:
-            counts[original.__name__] = counts.get(original.__name__, 0) + 1
+        if isinstance(module, FastLayer):
+            counts[module.original_class.__name__] = counts.get(module.original_class.__name__, 0) + 1
     return counts
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_testing import TRITON_DEVICE
 
-_OPERATIONS = ("add_norm", "linear", "pack", "varlen_attention")
+_OPERATIONS = ("add_norm", "embed_norm", "linear", "pack", "padding", "varlen_attention")
 
 
 @pytest.fixture(scope="session", autouse=True)

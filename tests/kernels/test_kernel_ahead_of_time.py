@@ -1,6 +1,6 @@
-"""The machine code of the Triton kernels, compiled without a GPU: it exists, fits, spills nothing, uses matrix units.
+"""The examination without a GPU: it compiles what there is, and sees what is wrong. `make kernels` runs it on everything.
 
-The kernels of this process are interpreted, so another process compiles.
+The kernels of this process may be interpreted, so other processes compile.
 """
 
 from __future__ import annotations
@@ -9,78 +9,109 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-CAPABILITIES = ("8.0", "9.0", "10.0")
-MATRIX_INSTRUCTIONS = {"8.0": {"HMMA"}, "9.0": {"HMMA", "HGMMA"}, "10.0": {"HMMA", "UTCHMMA"}}
+# Launches that are made worse by hand: each with what is said about it.
+WORSE = """
+import dataclasses, json
+from fastencoder.kernels.machine_code import compile_launch, limits_of
+from fastencoder.runtime import inspect_kernels
+from fastencoder.runtime.inspect_kernels import Accepted, Finding, configurations
 
-# A kernel that is made to spill, and one that asks for more shared memory than there is.
-BAD_LAUNCHES = """
-import dataclasses
-from fastencoder.kernels import ahead_of_time as aot
-limits = aot.limits_of((9, 0))
-launches = dict(aot.configurations(limits))
-attention = launches["varlen_attention-bf16-d128-s512"]
-spilling = dataclasses.replace(attention, num_warps=1)
-print(aot.compile_launch("spilling", spilling, limits).problems)
-linear = launches["linear-fp16-8192x3072x768-gelu"]
-hungry = dataclasses.replace(linear, num_stages=12)
-print(aot.compile_launch("hungry", hungry, limits).problems)
-plain = dataclasses.replace(aot.compile_launch("plain", linear, limits), matrix_instructions={})
-print(plain.problems)
+hopper = limits_of((9, 0))
+attention = dict(configurations("varlen_attention", hopper))["varlen_attention-bf16-d64-s512"]
+good = compile_launch("good", attention, hopper)
+two_warps = dataclasses.replace(attention, num_warps=2)
+stages = dataclasses.replace(attention, num_stages=16)
+said = {
+    "good": good.problems,
+    "spills": compile_launch("spills", two_warps, hopper).problems,
+    "shared": compile_launch("shared", stages, hopper).problems,
+    "no matrix units": dataclasses.replace(good, matrix_instructions={}).problems,
+    "no warp groups": dataclasses.replace(good, matrix_instructions={"mma": 8}).problems,
+    "older": dataclasses.replace(good, capability="8.0", matrix_instructions={"mma": 8}).problems,
+}
+finding = Finding("varlen_attention", "varlen_attention-x", "9.0", "3.9.0", ("spills registers (1 stores, 2 loads)", "else"))
+known = Accepted("*attention-?", "9.*", "3.*", "spills*", "on purpose")
+inspect_kernels.ACCEPTED = (known, dataclasses.replace(known, name="gone", reason="another"))
+judged = inspect_kernels._judged(finding)
+said["left"], said["accepted"], said["unused"] = judged.problems, judged.accepted, inspect_kernels.unused([judged])
+broken = list(inspect_kernels.compile_tasks([(dataclasses.replace(attention, num_warps=3), hopper)], None))
+said["broken"] = inspect_kernels._finding("linear", "x", "9.0", broken[0][1]).problems
+print(json.dumps(said))
+"""
+
+# Which configurations there are, by capability and operation, and whether Triton's cache would keep two of one name apart.
+NAMES = """
+import json
+from fastencoder.kernels import stand_in
+from fastencoder.runtime.inspect_kernels import CAPABILITIES, configurations, limits_of, operations
+found = {}
+for capability in CAPABILITIES:
+    limits = limits_of(tuple(map(int, capability.split("."))))
+    with stand_in.standing_in(limits.capability):
+        found[capability] = {
+            operation: [(name, stand_in.cache_key(launch)) for name, launch in configurations(operation, limits)]
+            for operation in operations()
+        }
+print(json.dumps(found))
 """
 
 
-def compiling_process(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
-    assert run.stdout, run.stderr
-    return run.stdout
+def process(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return json.loads(compiling_process("-m", "fastencoder.kernels.ahead_of_time", *CAPABILITIES, "--json"))
+def test_every_operation_names_its_configurations(tmp_path: Path) -> None:
+    done = process("-c", NAMES, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    keys = set()
+    for operations in found.values():
+        assert {"add_norm", "linear", "pack", "varlen_attention"} <= set(operations)
+        for configurations in operations.values():
+            names = [name for name, _ in configurations]
+            assert len(set(names)) == len(names) > 0
+            own = {key for _, key in configurations}
+            assert not own & keys  # another capability is another kernel
+            keys |= own
+    assert list(tmp_path.iterdir()) == []  # asking for a key compiles nothing
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_no_kernel_has_a_problem(compiled, capability):
-    kernels = [kernel for kernel in compiled if kernel["capability"] == capability]
-    assert {kernel["name"].split("-")[0] for kernel in kernels} == {
-        "pack", "unpack", "linear", "varlen_attention", "add_norm"
-    }  # fmt: skip
-    assert {kernel["name"]: kernel["problems"] for kernel in kernels if kernel["problems"]} == {}
+def test_one_table_and_every_finding(tmp_path: Path) -> None:
+    file = tmp_path / "findings.json"
+    arguments = ("-m", "fastencoder.runtime.inspect_kernels", "8.0", "9.0", "--operation=pack", "--only=fp16", f"--json={file}")
+    done = process(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    findings = json.loads(file.read_text())
+    assert {finding["capability"] for finding in findings} == {"8.0", "9.0"}
+    for finding in findings:
+        assert finding["operation"] == "pack" and finding["problems"] == [] and 0 < finding["registers"] <= 255
+    assert f"{len(findings)} kernels" in done.stdout
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_matrix_instructions(compiled, capability):
-    """16 bit and TF32 run on the matrix units, of the newest kind where the tile allows it; exact float32 does not."""
-    found = set()
-    for kernel in compiled:
-        if kernel["capability"] != capability:
-            continue
-        operation, dtype = kernel["name"].split("-")[:2]
-        if operation in ("linear", "varlen_attention") and dtype != "fp32":
-            assert kernel["matrix_instructions"], kernel["name"]
-            found |= set(kernel["matrix_instructions"])
-        else:
-            assert not kernel["matrix_instructions"], kernel["name"]
-    assert found == MATRIX_INSTRUCTIONS[capability]
+def test_nothing_to_examine_is_a_failure(tmp_path: Path) -> None:
+    arguments = ("-m", "fastencoder.runtime.inspect_kernels", "8.0", "--operation=pack", "--only=nothing-has-this-name")
+    assert process(*arguments, cache=tmp_path).returncode == 1
 
 
-def test_two_large_tiles_fit_a_hopper_multiprocessor(compiled):
-    """What the largest GEMM tile is chosen for: 64 Ki registers and 227 KiB of shared memory hold two programs."""
-    (kernel,) = [k for k in compiled if k["capability"] == "9.0" and k["name"] == "linear-fp16-8192x3072x768-gelu"]
-    assert 2 * kernel["registers"] * 32 * kernel["num_warps"] <= 65536
-    assert 2 * kernel["shared_bytes"] <= 227 * 1024
-
-
-def test_problems_are_seen():
-    spilling, hungry, plain = compiling_process("-c", BAD_LAUNCHES).splitlines()
-    assert "spills registers" in spilling
-    assert "bytes of shared memory, 232448 exist" in hungry
-    assert plain == "['uses no matrix instruction']"
+def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
+    done = process("-c", WORSE, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["good"] == [] and said["older"] == []
+    assert any("spills registers" in problem for problem in said["spills"])
+    assert any("bytes of shared memory, 232448 exist" in problem for problem in said["shared"])
+    assert said["no matrix units"] == ["uses no matrix instruction"]
+    assert said["no warp groups"] == ["has tiles of 64 rows and uses no wgmma"]
+    assert said["left"] == ["else"] and said["accepted"] == ["spills registers (1 stores, 2 loads): on purpose"]
+    assert said["unused"] == ["gone"]
+    assert said["broken"] and said["broken"][0].startswith("does not compile: ")

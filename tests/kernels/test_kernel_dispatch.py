@@ -173,19 +173,6 @@ def test_float32_is_exact_unless_tf32_is_allowed(setting):
         assert dot_precision(torch.float16) == "ieee"
 
 
-def test_the_vendor_multiplies_where_it_is_better():
-    from fastencoder.kernels.linear import _vendor_gemm_is_better as vendor
-
-    residual = torch.zeros(1)
-    assert vendor(torch.float16, "identity", None)
-    assert not vendor(torch.float16, "gelu", None)
-    assert not vendor(torch.bfloat16, "identity", residual)
-    with float32_precision("ieee"):
-        assert vendor(torch.float32, "gelu", residual)
-    with float32_precision("tf32"):
-        assert not vendor(torch.float32, "gelu", residual)
-
-
 def test_importing_needs_no_triton():
     code = "import sys, fastencoder.kernels; assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

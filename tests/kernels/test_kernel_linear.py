@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, dot_works, random, rounding
 
 from fastencoder.kernels import ACTIVATIONS, implementation, linear
+from fastencoder.kernels.linear import cpu as linear_cpu
+from fastencoder.kernels.linear import linear_partial, partial_splits
 
 # NumPy under the interpreter warns of NaN and infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -26,22 +28,33 @@ EXPECTED = {
 }
 
 
-def check(name, x, weight, bias, activation, residual):
+def check(name, x, weight, bias, activation, residual, gated=False):
     with implementation(name):
-        out = linear(x, weight, bias, activation, residual)
+        out = linear(x, weight, bias, activation, residual, gated)
     assert out.dtype == x.dtype
     assert out.is_contiguous()
     x, weight, bias, residual = (None if t is None else t.double().cpu() for t in (x, weight, bias, residual))
     product = x @ weight.T
     if bias is not None:
         product += bias
+    terms = x.abs() @ weight.abs().T + product.abs()
+    up = torch.ones(())
+    if gated:
+        (product, up), (terms, up_terms) = product.chunk(2, dim=1), terms.chunk(2, dim=1)
     activated = EXPECTED[activation](product)
-    expected = activated if residual is None else activated + residual
+    expected = activated * up if residual is None else activated * up + residual
     # float32: the dot product's error grows with its absolute terms, and no activation is steeper than 1.2
-    terms = x.abs() @ weight.abs().T + product.abs() + activated.abs()
+    terms = (terms + activated.abs()) * up.abs()
+    if gated:
+        terms = terms + activated.abs() * up_terms
     bound = 8 * torch.finfo(torch.float32).eps * (terms + expected.abs()) + 1e-37
-    # 16 bit: one rounding of the result; on CPU, where the vendor rounds before the epilogue, one of each part
-    parts = expected.abs() + (product.abs() + activated.abs() if name == "cpu" else 0)
+    # 16 bit: one rounding of the result; on CPU another one of what has been activated, and where oneDNN cannot finish a
+    # product, one of the product
+    parts = expected.abs()
+    if name == "cpu":
+        parts = parts + (activated * up).abs()
+        if not linear_cpu._finishes(out.dtype) or activation == "quick_gelu":
+            parts = parts + (product * up).abs() + (activated * up).abs()
     if out.dtype != torch.float32:
         bound = bound + rounding(out.dtype) * 1.3 * parts + 1e-7  # and the spacing of the smallest float16
     assert_within(out, expected, bound)
@@ -85,18 +98,113 @@ def test_activation_constants(name, activation):
     dtype=st.sampled_from([torch.float16, torch.float32]),
     with_bias=st.booleans(),
     with_residual=st.booleans(),
+    gated=st.booleans(),
 )
-@example(rows=0, out_dim=37, in_dim=16, dtype=torch.float32, with_bias=True, with_residual=True)
-@example(rows=1, out_dim=1, in_dim=1, dtype=torch.float32, with_bias=True, with_residual=False)
-@example(rows=1, out_dim=760, in_dim=768, dtype=torch.float16, with_bias=False, with_residual=False)
-@example(rows=260, out_dim=520, in_dim=72, dtype=torch.float16, with_bias=True, with_residual=True)
-def test_shapes(name, rows, out_dim, in_dim, dtype, with_bias, with_residual):
+@example(rows=0, out_dim=37, in_dim=16, dtype=torch.float32, with_bias=True, with_residual=True, gated=False)
+@example(rows=0, out_dim=64, in_dim=64, dtype=torch.float16, with_bias=True, with_residual=True, gated=True)
+@example(rows=1, out_dim=1, in_dim=1, dtype=torch.float32, with_bias=True, with_residual=False, gated=True)
+@example(rows=1, out_dim=760, in_dim=768, dtype=torch.float16, with_bias=False, with_residual=False, gated=False)
+@example(rows=260, out_dim=520, in_dim=72, dtype=torch.float16, with_bias=True, with_residual=True, gated=False)
+def test_shapes(name, rows, out_dim, in_dim, dtype, with_bias, with_residual, gated):
     device = device_of(name)
     x = random(0, rows, in_dim, dtype=dtype, device=device)
-    weight = random(1, out_dim, in_dim, dtype=dtype, device=device)
-    bias = random(2, out_dim, dtype=dtype, device=device) if with_bias else None
+    weight = random(1, 2 * out_dim if gated else out_dim, in_dim, dtype=dtype, device=device)
+    bias = random(2, weight.shape[0], dtype=dtype, device=device) if with_bias else None
     residual = random(3, rows, out_dim, dtype=dtype, device=device) if with_residual else None
-    check(name, x, weight, bias, "gelu", residual)
+    check(name, x, weight, bias, "gelu", residual, gated)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gated(name, dtype, activation, with_residual):
+    if not dot_works(name, dtype):
+        pytest.skip("the interpreter cannot multiply bfloat16 matrices")
+    device = device_of(name)
+    x = random(0, 19, 72, dtype=dtype, device=device)
+    weight = random(1, 2 * 40, 72, dtype=dtype, device=device) / 4
+    bias = random(2, 2 * 40, dtype=dtype, device=device)
+    residual = random(3, 19, 40, dtype=dtype, device=device) if with_residual else None
+    check(name, x, weight, bias, activation, residual, gated=True)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows", [0, 1, 17])
+def test_partial_sums(name, dtype, splits, rows):
+    """Also in more parts than there are steps along K, and of a K that they do not divide."""
+    device = device_of(name)
+    x, weight = random(0, rows, 200, dtype=dtype, device=device), random(1, 37, 200, dtype=dtype, device=device)
+    with implementation(name):
+        partial = linear_partial(x, weight, splits)
+    assert partial.shape == (splits, rows, 37)
+    assert partial.dtype == torch.float32
+    expected = x.double().cpu() @ weight.double().cpu().T
+    terms = x.double().cpu().abs() @ weight.double().cpu().abs().T
+    assert_within(partial.cpu().sum(0), expected, 8 * torch.finfo(torch.float32).eps * terms + 1e-37)
+
+
+def test_partial_sums_without_a_gpu_have_one_part():
+    x, weight = random(0, 3, 4096, dtype=torch.float32, device="cpu"), torch.ones(5, 4096)
+    assert partial_splits(3, 5, 4096, torch.float32, x.device) == 1
+    assert torch.equal(linear_partial(x, weight), (x @ weight.T)[None])
+
+
+def test_partial_sums_of_float64_stay_float64():
+    x, weight = torch.ones(3, 8, dtype=torch.float64), torch.ones(5, 8, dtype=torch.float64)
+    for name in ("cpu", "cuda"):
+        with implementation(name):
+            assert linear_partial(x, weight).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_scale(name, gated, with_residual):
+    device = device_of(name)
+    x = random(0, 19, 24, dtype=torch.float32, device=device)
+    weight = random(1, 80 if gated else 40, 24, dtype=torch.float32, device=device)
+    bias = random(2, len(weight), dtype=torch.float32, device=device)
+    scale = random(4, 40, dtype=torch.float32, device=device)
+    residual = random(3, 19, 40, dtype=torch.float32, device=device) if with_residual else None
+    with implementation(name):
+        out = linear(x, weight, bias, "relu", residual, gated, scale)
+    unscaled = linear(x.double(), weight.double(), bias.double(), "relu", None, gated).cpu()
+    expected = unscaled * scale.double().cpu() + (0 if residual is None else residual.double().cpu())
+    assert_within(out, expected, 1e-5 * (1 + expected.abs() + unscaled.abs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_prepacked_weight_gives_the_same(dtype):
+    if not linear_cpu.can_prepack(torch.zeros(1, 1, dtype=dtype)):
+        pytest.skip("oneDNN does not multiply this type here")
+    x, weight = random(0, 19, 72, dtype=dtype, device="cpu"), random(1, 80, 72, dtype=dtype, device="cpu") / 8
+    bias = random(2, 80, dtype=dtype, device="cpu")
+    packed = linear_cpu.prepack(weight)
+    tolerance = {"rtol": 4 * rounding(dtype), "atol": 4 * rounding(dtype) + 4e-6}
+    for gated, columns in ((False, 80), (True, 40)):
+        residual = random(3, 19, columns, dtype=dtype, device="cpu")
+        arguments = (bias, "gelu", residual, gated)
+        expected = linear(x.double(), weight.double(), bias.double(), "gelu", residual.double(), gated)
+        for out in (linear_cpu.linear_prepacked(x, packed, *arguments), linear_cpu.linear(x, weight, *arguments)):
+            torch.testing.assert_close(out.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+def test_16_bit_products_are_finished_before_they_are_rounded(activation):
+    """On CPU too, where oneDNN can: no error is larger than half the spacing, with a hundredth for the float32 sum."""
+    if not linear_cpu._finishes(torch.bfloat16):
+        pytest.skip("oneDNN does not multiply bfloat16 here")
+    x, weight, residual = (
+        random(seed, *shape, dtype=torch.bfloat16, device="cpu")
+        for seed, shape in enumerate([(64, 96), (48, 96), (64, 48)])
+    )
+    residual = residual if activation == "identity" else None
+    out = linear_cpu.linear(x, weight, None, activation, residual).double()
+    expected = EXPECTED[activation](x.double() @ weight.double().T) + (0 if residual is None else residual.double())
+    assert_within(out, expected, 0.505 * rounding(torch.bfloat16) * expected.abs() + 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -151,6 +259,22 @@ def test_nan_rows_stay_alone(name):
     assert out[torch.arange(40) != 17].isfinite().all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_operators(gated):
+    x, weight = random(0, 5, 8, dtype=torch.float32, device="cpu"), random(1, 14, 8, dtype=torch.float32, device="cpu")
+    bias, residual = torch.ones(14), torch.ones(5, 7 if gated else 14)
+    torch.library.opcheck(torch.ops.fastencoder.linear.default, (x, weight, bias, "silu", residual, gated))
+    torch.library.opcheck(torch.ops.fastencoder.linear_partial.default, (x, weight, 3))
+
+    def function(x):
+        return linear(x, weight, bias, "silu", residual, gated), linear_partial(x, weight)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    for out, expected in zip(compiled(x), function(x), strict=True):
+        torch.testing.assert_close(out, expected)
+
+
 def test_wrong_arguments():
     x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
     with pytest.raises(ValueError, match="unknown activation 'gelu_new'; known: identity, gelu"):
@@ -161,3 +285,11 @@ def test_wrong_arguments():
         linear(x, weight, torch.zeros(3))
     with pytest.raises(ValueError, match="residual must be"):
         linear(x, weight, None, "relu", torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="scale must be"):
+        linear(x, weight, scale=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"a gated weight must be \[2 N, K\]"):
+        linear(x, torch.zeros(5, 3), gated=True)
+    with pytest.raises(ValueError, match=r"residual must be \[2, 2\]"):
+        linear(x, weight, None, "relu", torch.zeros(2, 4), gated=True)
+    with pytest.raises(ValueError, match=r"x must be \[T, K\]"):
+        linear_partial(x, weight.T)

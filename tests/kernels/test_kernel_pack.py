@@ -40,6 +40,30 @@ def test_any_mask(name, rows, dim, wide_indices):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@settings(max_examples=10, deadline=None)
+@given(
+    tokens=st.integers(0, 100),
+    padding=st.integers(0, 100),
+    seed=st.integers(0, 1000),
+)
+@example(tokens=32, padding=1, seed=0)
+@example(tokens=33, padding=40, seed=0)
+@example(tokens=1055, padding=30, seed=0)
+@example(tokens=1057, padding=50, seed=0)
+def test_every_position_finds_its_token(name, tokens, padding, seed):
+    """Around the numbers of tokens at which the search takes a step more (32, 1055), and in between."""
+    device = device_of(name)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randperm(tokens + padding, generator=generator)[:tokens].sort().values.int()
+    values = torch.arange(1.0, tokens + 1)[:, None]
+    with implementation(name):
+        back = unpack(values.to(device), indices.to(device), 1, tokens + padding)
+    expected = torch.zeros(tokens + padding, 1)
+    expected[indices.long()] = values
+    assert torch.equal(back[0].cpu(), expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [760, 1500])
 def test_wide_rows_and_dtypes(name, dtype, dim):

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastencoder.kernels._triton import Launch, cdiv, next_power_of_2, rows_contiguous
-
-_MAX_DIM = 16384  # one row must fit the registers of one program
+from fastencoder.kernels._triton import DeviceLimits, Launch, cdiv, device_limits, rows_contiguous
+from fastencoder.kernels.add_norm import result_dtype
+from fastencoder.kernels.add_norm.triton_rows import normalise, row_stride, row_tile
 
 
 def add_norm(
@@ -18,15 +18,22 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
     scale: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
+    rms: bool = False,
+    keep_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[T, D]``, ``[T, D]``, ``[D]``, ``[D]``, eps, ``[D]`` -> ``[T, D]``, ``[T, D]``."""
-    x = rows_contiguous(x)
+    """``[T, D]`` or ``[P, T, D]``, ``[T, D]``, ``[D]``, ``[D]``, eps, ``[D]``, ``[D]`` -> ``[T, D]``, ``[T, D]``."""
+    nothing_added = x.dim() == 2 and residual is None and scale is None and x_bias is None
+    x = rows_contiguous(x) if x.dim() == 2 else x.contiguous()
     residual = None if residual is None else rows_contiguous(residual)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    nothing_added = residual is None and scale is None
-    total = None if nothing_added else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan(x, residual, weight, bias, eps, scale, normed, total).run(x.device)
-    return normed, x if nothing_added else total
+    dtype = result_dtype(x, residual, weight)
+    normed = torch.empty(x.shape[-2:], dtype=dtype, device=x.device)
+    total = torch.empty_like(normed) if keep_sum and not nothing_added else None
+    limits = device_limits(x.device)
+    plan(x, residual, weight, bias, eps, scale, x_bias, rms, normed, total, limits).run(x.device)
+    if not keep_sum:
+        return normed, normed.new_empty(0, x.shape[-1])
+    return normed, x if total is None else total
 
 
 def plan(
@@ -36,14 +43,16 @@ def plan(
     bias: torch.Tensor | None,
     eps: float,
     scale: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    rms: bool,
     normed: torch.Tensor,
     total: torch.Tensor | None,
+    limits: DeviceLimits,
 ) -> Launch:
     """The launch that fills ``normed`` and, unless it is None, ``total``."""
-    rows, dim = x.shape
-    if dim > _MAX_DIM:
-        raise NotImplementedError(f"add_norm holds a row in registers, up to {_MAX_DIM} columns; got {dim}")
-    block_rows, block_dim, num_warps = _tile(dim)
+    rows, dim = normed.shape
+    few = x.dim() == 3  # nobody splits a product of many rows
+    block_rows, block_dim, num_warps = row_tile(1 if few else rows, dim, x.element_size(), limits)
     return Launch(
         kernel=_add_norm_kernel,
         grid=(cdiv(rows, block_rows),),
@@ -53,40 +62,42 @@ def plan(
             "weight_ptr": weight,
             "bias_ptr": bias,
             "scale_ptr": scale,
+            "x_bias_ptr": x_bias,
             "normed_ptr": normed,
             "total_ptr": total,
             "rows": rows,
-            "x_stride": x.stride(0),
-            "residual_stride": 0 if residual is None else residual.stride(0),
-            "eps": eps,
+            "eps": float(eps),
         },
-        constants={"DIM": dim, "BLOCK_ROWS": block_rows, "BLOCK_DIM": block_dim},
+        constants={
+            "PARTS": 1 if x.dim() == 2 else x.shape[0],
+            "RMS": rms,
+            "X_STRIDE": row_stride(x) if x.dim() == 2 else dim,
+            "RESIDUAL_STRIDE": 0 if residual is None else row_stride(residual),
+            "DIM": dim,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_DIM": block_dim,
+        },
         num_warps=num_warps,
-        num_stages=1,  # no loop to pipeline
+        num_stages=1,  # the parts are few: the compiler unrolls their loop
     )
 
 
-def _tile(dim: int) -> tuple[int, int, int]:
-    """Rows and columns of a program, and its warps: eight elements (16 bytes of 16 bit) a thread, 2 to 8 warps."""
-    block_dim = next_power_of_2(dim)
-    block_rows = max(1, min(8, 512 // block_dim))  # small rows share a program
-    num_warps = min(max(block_rows * block_dim // 256, 2), 8)
-    return block_rows, block_dim, num_warps
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
-    x_ptr,  # [rows, DIM]
+    x_ptr,  # [rows, DIM]; contiguous [PARTS, rows, DIM] if there are several parts
     residual_ptr,  # [rows, DIM] or None
     weight_ptr,  # [DIM]
     bias_ptr,  # [DIM] or None
     scale_ptr,  # [DIM] or None
+    x_bias_ptr,  # [DIM] or None
     normed_ptr,  # [rows, DIM], contiguous
     total_ptr,  # [rows, DIM], contiguous, or None
     rows,
-    x_stride,
-    residual_stride,
     eps,
+    PARTS: tl.constexpr,
+    RMS: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -96,19 +107,19 @@ def _add_norm_kernel(
     col_mask = col < DIM
     mask = (row < rows) & col_mask
 
-    total = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + row * X_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
+    part_ptr = x_ptr + row * DIM + col
+    for _ in range(1, PARTS):
+        part_ptr += rows.to(tl.int64) * DIM  # a product with DIM, and not a stride: so it is known to be aligned
+        total += tl.load(part_ptr, mask=mask, other=0.0)
+    if x_bias_ptr is not None:
+        total += tl.load(x_bias_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         total *= tl.load(scale_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        total += tl.load(residual_ptr + row * residual_stride + col, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + row * RESIDUAL_STRIDE + col, mask=mask, other=0.0).to(tl.float32)
     if total_ptr is not None:
         tl.store(total_ptr + row * DIM + col, total.to(total_ptr.dtype.element_ty), mask=mask)
 
-    # The variance of the centred row: E[x^2] - E[x]^2 would cancel where the mean is large.
-    mean = tl.sum(total, axis=1)[:, None] / DIM
-    centred = tl.where(col_mask, total - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1)[:, None] / DIM
-    normed = centred * tl.rsqrt(variance + eps) * tl.load(weight_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        normed += tl.load(bias_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
+    normed = normalise(total, weight_ptr, bias_ptr, eps, col, DIM, RMS)
     tl.store(normed_ptr + row * DIM + col, normed.to(normed_ptr.dtype.element_ty), mask=mask)

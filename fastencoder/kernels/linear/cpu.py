@@ -7,6 +7,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from fastencoder.kernels.linear import reference
 from fastencoder.kernels.linear.reference import ACTIVATIONS
 
 # What oneDNN applies to the float32 accumulator before it writes: our name -> (its post-op, its algorithm). "none" is the
@@ -33,10 +34,26 @@ def linear(
     bias: torch.Tensor | None,
     activation: str = "identity",
     residual: torch.Tensor | None = None,
+    gated: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T, K]``, ``[N, K]``, ``[N]``, name, ``[T, N]`` -> ``[T, N]``."""
-    result = _activate(F.linear(x, weight, bias), activation)
-    return result if residual is None else result.add_(residual)
+    """``[T, K]``, ``[N, K]`` (gated: ``[2 N, K]``), ``[N]`` (``[2 N]``), name, ``[T, N]``, ``[N]`` -> ``[T, N]``."""
+    if scale is not None:
+        return _scaled(linear(x, weight, bias, activation, None, gated), scale, residual)
+    if x.dtype in (torch.float16, torch.bfloat16) and _finishes(x.dtype):
+        if not gated:
+            return linear_prepacked(x, weight, bias, activation, residual)
+        # The second product is multiplied by the first before it is rounded.
+        (half, up), biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+        half = linear_prepacked(x, half, biases[0], activation)
+        result = torch.ops.mkldnn._linear_pointwise.binary(x, half, up, biases[1], "mul")
+        return result if residual is None else result.add_(residual)
+    return _epilogue(F.linear(x, weight, bias), activation, residual, gated)
+
+
+def linear_partial(x: torch.Tensor, weight: torch.Tensor, splits: int) -> torch.Tensor:
+    """``[T, K]``, ``[N, K]`` -> ``[splits, T, N]`` in float32 or wider."""
+    return reference.linear_partial(x, weight, splits)
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
@@ -44,11 +61,14 @@ def can_prepack(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in _PREPACKED_DTYPES
-        and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and _multiplies(weight.dtype)
+        and _finishes(weight.dtype)
     )
+
+
+def _finishes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type here, and so can finish a product before it is rounded."""
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _multiplies(dtype)
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -85,11 +105,19 @@ def linear_prepacked(
     bias: torch.Tensor | None,
     activation: str = "identity",
     residual: torch.Tensor | None = None,
+    gated: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``activation(x @ weight.T + bias) + residual`` with a weight from :func:`prepack`.
+    """``scale * activation(x @ weight.T + bias) + residual`` with a weight from :func:`prepack`, or one as it is.
 
-    ``[T, K]``, opaque, ``[N]``, name, ``[T, N]`` -> ``[T, N]``.
+    ``[T, K]``, opaque, ``[N]``, name, ``[T, N]`` -> ``[T, N]``. Gated: an opaque ``[2 N, K]`` and ``[2 N]``; the halves of the
+    product are rounded before they meet.
     """
+    if scale is not None:
+        return _scaled(linear_prepacked(x, packed_weight, bias, activation, None, gated), scale, residual)
+    if gated:
+        product = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
+        return _epilogue(product, activation, residual, gated)
     if residual is not None and activation == "identity":
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed_weight, bias, "add")
     post_op = _POST_OPS.get(activation)
@@ -99,6 +127,21 @@ def linear_prepacked(
     else:
         result = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, post_op[0], [], post_op[1])
     return result if residual is None else result.add_(residual)
+
+
+def _scaled(product: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    scale = scale.to(product.dtype)
+    return product * scale if residual is None else torch.addcmul(residual, product, scale)
+
+
+def _epilogue(product: torch.Tensor, activation: str, residual: torch.Tensor | None, gated: bool) -> torch.Tensor:
+    """What follows a product that has been written, ``[T, N]`` or gated ``[T, 2 N]``. May write to it."""
+    if gated:
+        half, up = product.chunk(2, dim=1)
+        product = _activate(half, activation) * up
+    else:
+        product = _activate(product, activation)
+    return product if residual is None else product.add_(residual)
 
 
 def _activate(x: torch.Tensor, activation: str) -> torch.Tensor:

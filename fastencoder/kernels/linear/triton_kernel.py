@@ -1,22 +1,17 @@
-"""``linear`` in Triton: a tiled GEMM whose bias, activation and residual are applied to the float32 accumulator."""
+"""``linear`` and ``linear_partial`` in Triton: what is launched, with which tile."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import triton
-import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastencoder.kernels._triton import (
-    DeviceLimits,
-    Launch,
-    cdiv,
-    device_limits,
-    dot_precision,
-    next_power_of_2,
-    rows_contiguous,
-)
+from fastencoder.kernels._triton import DeviceLimits, Launch, cdiv, device_limits, dot_precision, rows_contiguous
+from fastencoder.kernels.linear.heuristics import Choice, Tile, choose, chunk
+from fastencoder.kernels.linear.triton_gemm import persistent_kernel, tile_kernel
+from fastencoder.kernels.linear.triton_parts import reduction_kernel
+
+_GROUP_M = 8
+_REDUCTION_BLOCK = 1024
 
 
 def linear(
@@ -25,13 +20,29 @@ def linear(
     bias: torch.Tensor | None = None,
     activation: str = "identity",
     residual: torch.Tensor | None = None,
+    gated: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T, K]``, ``[N, K]``, ``[N]``, name, ``[T, N]`` -> ``[T, N]``."""
+    """``[T, K]``, ``[N, K]`` (gated: ``[2 N, K]``), ``[N]`` (``[2 N]``), name, ``[T, N]``, ``[N]`` -> ``[T, N]``."""
     x, weight = rows_contiguous(x), rows_contiguous(weight)
     residual = None if residual is None else rows_contiguous(residual)
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    plan(x, weight, bias, activation, residual, out, device_limits(x.device)).run(x.device)
+    limits = device_limits(x.device)
+    out = torch.empty(x.shape[0], _columns(weight, gated), dtype=x.dtype, device=x.device)
+    choice = _choice(x, weight, activation, residual is not None or scale is not None, gated, out, limits)
+    if choice.splits == 1:
+        plan(x, weight, bias, activation, residual, out, limits, gated, choice.tile, scale).run(x.device)
+        return out
+    partial = linear_partial(x, weight, choice.splits, choice.tile)
+    plan_reduction(partial, bias, activation, residual, out, gated, scale).run(x.device)
     return out
+
+
+def linear_partial(x: torch.Tensor, weight: torch.Tensor, splits: int, tile: Tile | None = None) -> torch.Tensor:
+    """``[T, K]``, ``[N, K]`` -> ``[splits, T, N]`` float32, of which the sum over the first dimension is the product."""
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
+    partial = torch.empty(splits, x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    plan_partial(x, weight, partial, device_limits(x.device), tile).run(x.device)
+    return partial
 
 
 def plan(
@@ -42,168 +53,162 @@ def plan(
     residual: torch.Tensor | None,
     out: torch.Tensor,
     limits: DeviceLimits,
+    gated: bool = False,
+    tile: Tile | None = None,
+    scale: torch.Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``out`` on a device with these limits."""
-    (m, k), n = x.shape, weight.shape[0]
-    tile = choose_tile(m, n, x.dtype, limits)
+    """The one launch that fills ``out`` on a device with these limits, with the tile that the heuristics choose."""
+    if tile is None:
+        tile = _choice(x, weight, activation, residual is not None or scale is not None, gated, out, limits).tile
+    m, n = out.shape
+    block_n = tile.n // 2 if gated else tile.n
+    tiles = cdiv(m, tile.m) * cdiv(n, block_n)
+    constants = {
+        "N": n,
+        "ACTIVATION": activation,
+        "GATED": gated,
+        "PRECISION": dot_precision(x.dtype),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": _GROUP_M,
+    }
+    arguments = {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "scale_ptr": scale,
+        "M": m,
+        "residual_stride": 0 if residual is None else residual.stride(0),
+    }
+    if not tile.descriptors:
+        arguments |= _pointers(x, weight, out)
+        constants |= {"SPLIT_K": False, "WHOLE_STEPS": x.shape[1] % tile.k == 0}
+        return Launch(tile_kernel, (tiles,), arguments, constants, tile.num_warps, tile.num_stages)
+    parts = 1 if gated else tile.parts
+    arguments |= {
+        "x": TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+        "weight": TensorDescriptor.from_tensor(weight, [block_n, tile.k]),
+        "out": TensorDescriptor.from_tensor(out, [tile.m, block_n // parts]),
+    }
+    constants |= {"K": x.shape[1], "PARTS": parts}
+    grid = (min(tiles, limits.multiprocessors),)
+    return Launch(persistent_kernel, grid, arguments, constants, tile.num_warps, tile.num_stages)
+
+
+def plan_partial(
+    x: torch.Tensor, weight: torch.Tensor, partial: torch.Tensor, limits: DeviceLimits, tile: Tile | None = None
+) -> Launch:
+    """The launch that fills ``partial`` ``[splits, T, N]``: every program sums over its part of K."""
+    (splits, m, n), k = partial.shape, x.shape[1]
+    precision = dot_precision(x.dtype)
+    if tile is None:
+        tile = choose(m, n, k, x.dtype, precision, limits, partial=True, aligned=_aligned(x, weight)).tile
+    arguments = _pointers(x, weight, partial)
+    arguments |= {
+        "bias_ptr": None,
+        "residual_ptr": None,
+        "scale_ptr": None,
+        "M": m,
+        "residual_stride": 0,
+        "chunk": chunk(k, splits, tile),
+    }
+    constants = {
+        "N": n,
+        "SPLIT_K": True,
+        "WHOLE_STEPS": k % tile.k == 0,
+        "ACTIVATION": "identity",
+        "GATED": False,
+        "PRECISION": precision,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": _GROUP_M,
+    }
+    grid = (cdiv(m, tile.m) * cdiv(n, tile.n), splits)
+    return Launch(tile_kernel, grid, arguments, constants, tile.num_warps, tile.num_stages)
+
+
+def plan_reduction(
+    partial: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    gated: bool = False,
+    scale: torch.Tensor | None = None,
+) -> Launch:
+    """The launch that adds up ``partial`` ``[splits, T, N]`` (gated: ``2 N``) and finishes ``out`` ``[T, N]``."""
+    m, n = out.shape
     return Launch(
-        kernel=_linear_kernel,
-        grid=(cdiv(m, tile.m) * cdiv(n, tile.n),),
+        kernel=reduction_kernel,
+        grid=(cdiv(m * n, _REDUCTION_BLOCK),),
         arguments={
-            "x_ptr": x,
-            "weight_ptr": weight,
+            "partial_ptr": partial,
             "bias_ptr": bias,
             "residual_ptr": residual,
+            "scale_ptr": scale,
             "out_ptr": out,
             "M": m,
-            "K": k,
-            "x_stride": x.stride(0),
-            "weight_stride": weight.stride(0),
             "residual_stride": 0 if residual is None else residual.stride(0),
         },
         constants={
+            "SPLITS": partial.shape[0],
             "N": n,
-            "WHOLE_STEPS": k % tile.k == 0,
             "ACTIVATION": activation,
-            "PRECISION": dot_precision(x.dtype),
-            "BLOCK_M": tile.m,
-            "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k,
-            "GROUP_M": 8,
+            "GATED": gated,
+            "BLOCK": _REDUCTION_BLOCK,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_warps=4,
+        num_stages=1,
     )
 
 
-class Tile(NamedTuple):
-    """The part of the output that one program computes, and how."""
-
-    m: int
-    n: int
-    k: int  # of one step along the summed dimension
-    num_warps: int
-    num_stages: int
-
-
-# From large to small. The largest keeps 64 accumulators a thread: that leaves room for the erf of GELU, and two
-# programs fit a multiprocessor, so that one computes while the other is in its epilogue (K is short in encoders).
-_TILES_16_BIT = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 128, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-    Tile(64, 32, 64, 4, 4),
-    Tile(32, 64, 128, 4, 4),
-    Tile(32, 32, 128, 4, 4),
-    Tile(16, 64, 128, 4, 4),
-    Tile(16, 32, 128, 4, 4),
-)
-# Without TF32, float32 runs on the ordinary cores, which want both operands in registers: small steps.
-_TILES_32_BIT = (
-    Tile(64, 64, 32, 4, 3),
-    Tile(64, 32, 16, 4, 3),
-    Tile(32, 32, 16, 4, 3),
-    Tile(16, 32, 16, 4, 3),
-)
+def _choice(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    activation: str,
+    with_epilogue: bool,
+    gated: bool,
+    out: torch.Tensor,
+    limits: DeviceLimits,
+) -> Choice:
+    return choose(
+        x.shape[0],
+        _columns(weight, gated),
+        x.shape[1],
+        x.dtype,
+        dot_precision(x.dtype),
+        limits,
+        activation=activation,
+        with_residual=with_epilogue,
+        gated=gated,
+        descriptors=all(map(_has_descriptor, (x, weight, out))),
+        aligned=_aligned(x, weight),
+    )
 
 
-def choose_tile(m: int, n: int, dtype: torch.dtype, limits: DeviceLimits) -> Tile:
-    """The largest tile that still gives every multiprocessor a program, with as many stages as fit shared memory.
-
-    Up to 64 rows the tile holds all of them, because reading the weights is what takes the time.
-    """
-    rows = max(16, next_power_of_2(m))
-    tiles = _TILES_32_BIT if dtype == torch.float32 else _TILES_16_BIT
-    tiles = [tile for tile in tiles if tile.m == min(rows, 64) or (tile.m == 128 and rows >= 128)]
-    tile = next((t for t in tiles if cdiv(m, t.m) * cdiv(n, t.n) >= limits.multiprocessors), tiles[-1])
-    if limits.capability < (9, 0) and tile.m == 128:  # matrix operands come from registers there: shorter, more steps
-        tile = tile._replace(k=32, num_stages=4)
-    stage_bytes = (tile.m + tile.n) * tile.k * dtype.itemsize
-    return tile._replace(num_stages=max(1, min(tile.num_stages, limits.shared_bytes // stage_bytes)))
+def _columns(weight: torch.Tensor, gated: bool) -> int:
+    return weight.shape[0] // 2 if gated else weight.shape[0]
 
 
-@triton.jit
-def _linear_kernel(
-    x_ptr,  # [M, K]
-    weight_ptr,  # [N, K]
-    bias_ptr,  # [N] or None
-    residual_ptr,  # [M, N] or None
-    out_ptr,  # [M, N], contiguous
-    M,
-    K,
-    x_stride,
-    weight_stride,
-    residual_stride,
-    N: tl.constexpr,
-    WHOLE_STEPS: tl.constexpr,  # whether BLOCK_K divides K
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    # Programs run through GROUP_M rows of tiles before the next column, so that their operands meet in the L2 cache.
-    tiles_m = (M + BLOCK_M - 1) // BLOCK_M
-    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    group = program // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    group_m = min(tiles_m - first_m, GROUP_M)
-    start_m = (first_m + program % (GROUP_M * tiles_n) % group_m) * BLOCK_M
-    start_n = program % (GROUP_M * tiles_n) // group_m * BLOCK_N
-
-    row = tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    row_mask = start_m + row < M
-    col_mask = start_n + col < N
-    # Rows and columns beyond the end read the tile's first row or column again, which always exists: no mask in the
-    # loop.
-    x_row = tl.where(row_mask, row, 0)
-    weight_row = tl.where(col_mask, col, 0)
-    x_tile = x_ptr + start_m.to(tl.int64) * x_stride
-    x_tile += x_row[:, None] * x_stride + step[None, :]
-    weight_tile = weight_ptr + start_n.to(tl.int64) * weight_stride
-    weight_tile += weight_row[None, :] * weight_stride + step[:, None]
-
-    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if WHOLE_STEPS:
-            x = tl.load(x_tile)
-            weight = tl.load(weight_tile)
-        else:
-            x = tl.load(x_tile, mask=step[None, :] < K - k, other=0.0)
-            weight = tl.load(weight_tile, mask=step[:, None] < K - k, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_tile += BLOCK_K
-        weight_tile += BLOCK_K
-
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + start_n + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
-    mask = row_mask[:, None] & col_mask[None, :]
-    if residual_ptr is not None:
-        residual_tile = residual_ptr + start_m.to(tl.int64) * residual_stride + start_n
-        residual = tl.load(residual_tile + (row[:, None] * residual_stride + col[None, :]), mask=mask, other=0.0)
-        acc += residual.to(tl.float32)
-    out_tile = out_ptr + start_m.to(tl.int64) * N + start_n
-    tl.store(out_tile + (row[:, None] * N + col[None, :]), acc.to(out_ptr.dtype.element_ty), mask=mask)
+def _has_descriptor(x: torch.Tensor) -> bool:
+    """Whether the hardware can address this matrix: not empty, its beginning and every row on a multiple of 16 bytes."""
+    return x.numel() > 0 and x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """The functions of ``reference.ACTIVATIONS``, on float32."""
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(y)) / 2 = sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3)
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "quick_gelu":
-        x = x / (1.0 + tl.exp(-1.702 * x))
-    elif ACTIVATION == "silu":
-        x = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "relu":
-        x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, as PyTorch does
-    else:
-        tl.static_assert(ACTIVATION == "identity", "unknown activation")
-    return x
+def _aligned(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the compiler sees that rows begin on multiples of 16 bytes: it looks for multiples of 16 elements."""
+    rows = all(matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0 for matrix in (x, weight))
+    return rows and x.shape[1] % 16 == 0
+
+
+def _pointers(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    return {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "out_ptr": out,
+        "K": x.shape[1],
+        "x_stride": x.stride(0),
+        "weight_stride": weight.stride(0),
+        "chunk": 0,
+    }

@@ -16,6 +16,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from fastencoder.kernels.varlen_attention.cpu_features import attention_with_features
+from fastencoder.kernels.varlen_attention.features import PLAIN, Features
+
 SHARED_LENGTH = 96  # tokens in a shared row; longer sequences have rows of their own
 _SIMILAR = 0.75  # sequences at least this fraction of the longest one of a call sit in its rows
 _PLANS_KEPT = 16
@@ -41,10 +44,19 @@ class Rows:
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_seqlen: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    features: Features = PLAIN,
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, int32 ``[B + 1]`` -> ``[T, H, d]``."""
     bounds = tuple(offsets.tolist())
+    if features is not PLAIN:
+        return attention_with_features(q, k, v, bounds, scale, features)
     lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     if not q.shape[0]:
         return torch.empty_like(q, memory_format=torch.contiguous_format)

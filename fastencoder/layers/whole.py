@@ -1,0 +1,108 @@
+"""All layers of a stack at once, from a CUDA graph.
+
+The first layer of a call runs them all; those behind it only hand the result on. Whether every layer is still what was
+captured is checked while the device is busy, and the result is dropped if one is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.varlen_attention import query_block
+from ..packing import PackedBatch
+from ..runtime.graphs import GraphRunner
+from .guards import Delegated, refuse_mode
+from .program import run_layer
+from .stack import StackCall
+
+
+def run_whole(
+    graphs: GraphRunner, call: StackCall, batch: PackedBatch, hidden: torch.Tensor, capture_now: bool = False
+) -> torch.Tensor | None:
+    """The output of all layers of `call`, `[B, S, D]` with zeros at padding.
+
+    Args:
+        hidden: `[B, S, D]`, the input of the first layer.
+        capture_now: do not wait until such a batch comes a second time.
+
+    Returns:
+        None if the layers have to run one by one.
+    """
+    parts = _parts(call)
+    if batch.lengths is None or not _fits_a_graph(parts, hidden):
+        return None
+
+    def queries_of(longest: int) -> int:
+        return query_block(parts[0][0].spec.head_dim, hidden.dtype, longest, hidden.device)
+
+    def forward(values: torch.Tensor, offsets: torch.Tensor, max_seqlen: int, tiles: torch.Tensor) -> torch.Tensor:
+        padded_up = PackedBatch(values, offsets, max_seqlen, None, 0, 0, _tiles={queries_of(max_seqlen): tiles})
+        for binding, projections in parts:
+            values = run_layer(binding, projections, padded_up, values)
+        return values
+
+    def finish(values: torch.Tensor) -> torch.Tensor:
+        return values.view(hidden.shape).clone() if batch.indices is None else batch.to_padded(values)
+
+    output = graphs.run(
+        batch.lengths,
+        hidden,
+        batch.take,
+        weights=(*parts, *_addresses(call.schedule)),
+        queries_of=queries_of,
+        forward=forward,
+        finish=finish,
+        capture_now=capture_now,
+    )
+    if output is None or not _unchanged(call, parts, hidden):
+        return None
+    return output
+
+
+def _parts(call: StackCall) -> list[tuple]:
+    """The layers' bindings and projections, not checked again if they are there; empty if a layer cannot run fast."""
+    states = [layer._fastencoder for layer in call.schedule]
+    try:
+        return [
+            (state.binding, state.projections) if state.projections is not None else state.ready(layer)
+            for state, layer in zip(states, call.schedule, strict=True)
+        ]
+    except Delegated:
+        return []
+
+
+def _fits_a_graph(parts: Sequence[tuple], hidden: torch.Tensor) -> bool:
+    return bool(parts) and all(
+        projections.dtype == hidden.dtype
+        and projections.device == hidden.device
+        and binding.spec.head_dim == parts[0][0].spec.head_dim
+        # This guard against overflow looks at all tokens, also at those that only fill a bucket.
+        and not (binding.spec.adapter.clamp == "non-finite" and hidden.dtype == torch.float16)
+        for binding, projections in parts
+    )
+
+
+def _addresses(layers: Sequence[torch.nn.Module]) -> list[int]:
+    """Where the parameters are: a graph must not read memory that was given back."""
+    return [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
+
+
+def _unchanged(call: StackCall, parts: Sequence[tuple], hidden: torch.Tensor) -> bool:
+    try:
+        for layer, part in zip(call.schedule, parts, strict=True):
+            refuse_mode(layer, hidden)
+            if layer._fastencoder.ready(layer) != part:
+                return False
+    except Delegated:
+        return False
+    return True
+
+
+def input_of(call: StackCall, batch: PackedBatch) -> torch.Tensor:
+    """What the layer whose turn it is would have been given, packed `[T, D]`, when all layers have run at once already."""
+    values = batch.take(call.whole_input)
+    for layer in call.schedule[: call.position]:
+        values = run_layer(*layer._fastencoder.ready(layer), batch, values)
+    return values
