@@ -24,6 +24,8 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastencoder import to_fast
 
@@ -320,6 +322,22 @@ def test_a_change_after_compilation_is_seen(change: Callable) -> None:
     assert fast.operators(seen if len(fast.graphs) > seen else 0)["packed_attention"] == CHANGES[change]
 
 
+def test_another_attention_function_is_seen() -> None:
+    def doubled(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return 2 * sdpa_attention_forward(module, query, *args, **kwargs)[0], None
+
+    ALL_ATTENTION_FUNCTIONS.register("doubled", doubled)
+    stock, mask = _bert(), REAL[:, None, None, :]
+    model = to_fast(copy.deepcopy(stock))
+    fast = Compiled(model.encoder, fullgraph=True)
+    fast(HIDDEN, mask)
+    for one in (stock, model):
+        one.config._attn_implementation = "doubled"
+    expected, got = stock.encoder(HIDDEN, mask).last_hidden_state, fast(HIDDEN, mask).last_hidden_state
+    assert tiny.relative_error(got, expected, REAL) < 1e-5
+    assert len(fast.graphs) == 2 and not fast.operators(1)
+
+
 def test_hooks_are_guarded_where_torch_guards_hooks() -> None:
     stock, inputs = _bert(), tiny.ragged()
     model = to_fast(copy.deepcopy(stock))
@@ -434,7 +452,6 @@ def test_code_that_reads_padding_keeps_the_original() -> None:
 def test_export(whole: bool, strict: bool) -> None:
     stock, inputs = _bert(), tiny.ragged()
     fast = to_fast(copy.deepcopy(stock))
-    fast(**inputs)  # finds the parts of the layers
 
     def arguments(mask: torch.Tensor) -> dict[str, torch.Tensor]:
         if whole:

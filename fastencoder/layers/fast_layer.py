@@ -241,7 +241,8 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
         return False
     if "hidden_states" in collected_outputs():
         return False
-    return not any(has_foreign_hooks(layer) for layer in call.schedule)
+    # A layer that was compiled by itself does not know tensors by their identity.
+    return not any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule)
 
 
 def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from .stack import collected_outputs
 
 # Arguments of a layer's forward that change nothing for an encoder layer without positional terms in its attention.
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     {
         "cache_position",
         "cu_seq_lens_k",
@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 # What transformers records at a layer's boundary; everything else it records inside.
-_RECORDED_OUTSIDE = frozenset({"hidden_states", "_hidden_states_layers"})
+RECORDED_OUTSIDE = frozenset({"hidden_states", "_hidden_states_layers"})
 
 
 class Delegated(Exception):
@@ -55,15 +55,15 @@ def refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise Delegated("global module hooks are installed")
     recorded = collected_outputs()
-    if recorded and not recorded <= _RECORDED_OUTSIDE:
-        names = ", ".join(sorted(recorded - _RECORDED_OUTSIDE))
+    if recorded and not recorded <= RECORDED_OUTSIDE:
+        names = ", ".join(sorted(recorded - RECORDED_OUTSIDE))
         raise Delegated(f"{names} are recorded inside the layer")
 
 
 def refuse_arguments(others: dict[str, Any]) -> None:
     """Raises Delegated if an argument besides hidden states and mask asks for anything."""
     for name, value in others.items():
-        if value is None or value is False or name in _WITHOUT_EFFECT:
+        if value is None or value is False or name in WITHOUT_EFFECT:
             continue
         raise Delegated(f"the argument {name} is given")
 

@@ -16,7 +16,7 @@ def run_layer(binding: Binding, projections: Projections, batch: PackedBatch, x:
     spec = binding.spec
     program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     working_dtype = projections.working_dtype(x.shape[0])
-    return _clamp(program(binding, projections, batch, x.to(working_dtype)).to(x.dtype), spec)
+    return clamp(program(binding, projections, batch, x.to(working_dtype)).to(x.dtype), spec)
 
 
 def _post_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def _norm(
     return add_norm(x, residual, weight, bias, norm.eps, scale, x_bias=x_bias, keep_sum=keep_sum)
 
 
-def _clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+def clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     """BART's guard against fp16 overflow, as each class has it: always, or only once a value is not finite."""
     if spec.adapter.clamp == "none" or x.dtype != torch.float16:
         return x

@@ -29,8 +29,8 @@ from ..kernels._dispatch import register
 from ..packing import NotAPaddingMask, PackedBatch
 from ..spec import Adapter, LayerSpec
 from .arguments import parameter_names
-from .guards import _RECORDED_OUTSIDE, _WITHOUT_EFFECT
-from .program import _clamp
+from .guards import RECORDED_OUTSIDE, WITHOUT_EFFECT
+from .program import clamp
 from .stack import Stack, StackCall, collected_outputs, constant_in_graphs
 
 # Other subclasses of tensors have a meaning of their own. The last two stand for plain tensors while a graph is made.
@@ -89,7 +89,7 @@ def forward(layer: nn.Module, call: StackCall | None, args: tuple, kwargs: dict[
     if carried and not (call.carried is hidden and isinstance(call.batch, TracedBatch)):
         # torch.compile runs this part of the model without it then. Packed tokens are known by their identity.
         raise RuntimeError("the packed tokens that a layer handed on were changed, or come from outside of the graph")
-    spec = None if _is_refused(layer, hidden, others) else _spec(layer)
+    spec = None if _is_refused(layer, hidden, others) else _spec(layer, _implementation(layer, adapter))
     if spec is None or not _fits(layer, spec, hidden) or not (carried or _is_readable(layer, spec, hidden, mask)):
         return layer._forward_original(call, args, kwargs)
     if carried:
@@ -113,7 +113,7 @@ def _is_refused(layer: nn.Module, hidden: Any, others: dict[str, Any]) -> bool:
     """The conditions of an eager call (`fast_layer`), asked of the modules as they are while the graph is made."""
     if not isinstance(hidden, torch.Tensor) or type(hidden) not in _PLAIN or hidden.is_nested or hidden.dim() != 3:
         return True
-    if any(value is not None and value is not False and name not in _WITHOUT_EFFECT for name, value in others.items()):
+    if any(value is not None and value is not False and name not in WITHOUT_EFFECT for name, value in others.items()):
         return True
     if others.get("cu_seq_lens_q") is not None:
         return True
@@ -140,7 +140,7 @@ def _any_touched(layer: nn.Module) -> bool:
             return True
         if not callable(module.forward):  # always is: it is read so that a later patch of it is seen
             return True
-        if module is not layer and _is_watched(module, _RECORDED_OUTSIDE):
+        if module is not layer and _is_watched(module, RECORDED_OUTSIDE):
             return True
         parts.extend(child for child in module._modules.values() if child is not None)
     return False
@@ -213,7 +213,7 @@ def _may_carry(stack: Stack, call: StackCall) -> bool:
     """Whether packed tokens may travel between the layers of this call (see `stack`): nobody else must look at them."""
     if not stack.may_carry or call.wants_hidden_states:
         return False
-    return not any(_is_watched(layer, _RECORDED_OUTSIDE - {"hidden_states"}) for layer in call.schedule)
+    return not any(_is_watched(layer, RECORDED_OUTSIDE - {"hidden_states"}) for layer in call.schedule)
 
 
 def _is_causal_without_mask(attention: nn.Module) -> bool:
@@ -238,7 +238,7 @@ def _run(layer: nn.Module, spec: LayerSpec, batch: TracedBatch, x: torch.Tensor)
         normed, x = kernels.add_norm(mixed, x, norm2.weight, norm2.bias, norm2.eps, scale1)
         inner = _feed_forward(layer, spec, normed)
         x = x + inner if scale2 is None else torch.addcmul(x, inner, scale2)
-    return _clamp(x, spec)
+    return clamp(x, spec)
 
 
 def _attention(layer: nn.Module, spec: LayerSpec, batch: TracedBatch, x: torch.Tensor) -> torch.Tensor:
@@ -264,10 +264,15 @@ def _linear(layer: nn.Module, path: str, x: torch.Tensor, activation: str = "ide
     return kernels.linear(x, linear.weight, linear.bias, activation)
 
 
+def _implementation(layer: nn.Module, adapter: Adapter) -> str | None:
+    attention = lookup(layer, adapter.names[0].query.rpartition(".")[0])
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None)
+
+
 @constant_in_graphs
-def _spec(layer: nn.Module) -> LayerSpec | None:
-    """The spec of a layer as it is now, found outside of the graph, or None. What it rests on is read by `_any_touched` as
-    well, for the sake of guards."""
+def _spec(layer: nn.Module, implementation: str | None) -> LayerSpec | None:
+    """The spec of a layer as it is now, found outside of the graph, or None. What it rests on is read inside as well, for the
+    sake of guards: by `_any_touched`, and which attention function the layer would call."""
     state = layer._fastencoder
     if state.binding is not None and state.binding.holds(layer):
         return state.binding.spec

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
-BOUNDS = {"max_tokens": 24, "max_seqlen": 20}
+BOUNDS = {"max_tokens": 18, "max_seqlen": 17}
 # One layer each, of the real width.
 MODELS = {
     "bert": BertConfig(num_hidden_layers=1, vocab_size=100),

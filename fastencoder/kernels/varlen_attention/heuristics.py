@@ -75,7 +75,8 @@ def choose_block(
     if fits and (not features.any or keys * row_bytes <= _SINGLE_BYTES_WITH_FEATURES):
         return _single_block(keys, row_bytes, dtype, limits, features)
     block = _LOOPED[limits.capability[0] in (9, 10, 11), row_bytes][features.any]
-    if features.relative_bias is not None or features.bias is not None:  # every score has an address of its own
+    biased = features.relative_bias is not None or features.bias is not None
+    if biased and row_bytes > 128:  # every score has an address of its own, which takes registers
         block = block._replace(keys=max(16, block.keys // 2))
     if max_seqlen <= _SHORT and block.queries == 128:
         return block._replace(queries=64, num_warps=4)

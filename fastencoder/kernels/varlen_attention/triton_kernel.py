@@ -66,7 +66,7 @@ def plan(
     arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "offsets_ptr": offsets}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments[f"{name}_token_stride"], arguments[f"{name}_head_stride"] = tensor.stride(0), tensor.stride(1)
-    arguments |= {"tiles_ptr": tiles, "query_blocks": query_blocks if tiles is None else None, "scale": scale}
+    arguments |= {"tiles_ptr": tiles, "query_blocks": query_blocks if tiles is None else None, "scale": float(scale)}
     heads_per_program = 1
     if block.single:
         heads_per_program = choose_heads(count, heads, limits)
