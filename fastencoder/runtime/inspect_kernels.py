@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +29,11 @@ from .. import kernels
 from ..kernels import stand_in
 from ..kernels._triton import DeviceLimits, Launch
 from ..kernels.machine_code import Resources, limits_of, read_resources
+from .accepted import ACCEPTED
 from .compiling import compile_tasks, progress
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A problem that is known and left as it is. Patterns are those of a shell."""
-
-    name: str
-    capability: str
-    triton: str
-    problem: str
-    reason: str
-
-    def concerns(self, finding: Finding) -> bool:
-        """Whether this is about that kernel."""
-        return (
-            fnmatchcase(finding.name, self.name)
-            and fnmatchcase(finding.capability, self.capability)
-            and fnmatchcase(finding.triton, self.triton)
-        )
-
-    def covers(self, finding: Finding, problem: str) -> bool:
-        """Whether this is about that problem of that kernel."""
-        return self.concerns(finding) and fnmatchcase(problem, self.problem)
-
-
-ACCEPTED: tuple[Accepted, ...] = (
-    Accepted(
-        name="linear-*-descriptors-*",
-        capability="12.0",
-        triton="3.6.*",
-        problem="spills registers (* stores, 0 loads)",
-        reason="the stores write a zero that nothing reads; later releases leave them out",
-    ),
-)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ WORSE = """
 import dataclasses, json
 from fastencoder.kernels.machine_code import compile_launch, limits_of
 from fastencoder.runtime import inspect_kernels
-from fastencoder.runtime.inspect_kernels import Accepted, Finding, configurations
+from fastencoder.runtime.accepted import Accepted
+from fastencoder.runtime.inspect_kernels import Finding, configurations
 
 hopper = limits_of((9, 0))
 attention = dict(configurations("varlen_attention", hopper))["varlen_attention-bf16-d64-s512"]
@@ -38,7 +39,7 @@ said = {
 }
 finding = Finding("varlen_attention", "varlen_attention-x", "9.0", "3.9.0", ("spills registers (1 stores, 2 loads)", "else"))
 known = Accepted("*attention-?", "9.*", "3.*", "spills*", "on purpose")
-inspect_kernels.ACCEPTED = (known, dataclasses.replace(known, name="gone", reason="another"))
+inspect_kernels.ACCEPTED = (known, dataclasses.replace(known, problem="gone", reason="another"))
 judged = inspect_kernels._judged(finding)
 said["left"], said["accepted"], said["unused"] = judged.problems, judged.accepted, inspect_kernels.unused([judged])
 broken = list(inspect_kernels.compile_tasks([(dataclasses.replace(attention, num_warps=3), hopper)], None))
@@ -113,5 +114,5 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
     assert said["no matrix units"] == ["uses no matrix instruction"]
     assert said["no warp groups"] == ["has tiles of 64 rows and uses no wgmma"]
     assert said["left"] == ["else"] and said["accepted"] == ["spills registers (1 stores, 2 loads): on purpose"]
-    assert said["unused"] == ["gone"]
+    assert said["unused"] == ["*attention-?"]
     assert said["broken"] and said["broken"][0].startswith("does not compile: ")
