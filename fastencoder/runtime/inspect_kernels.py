@@ -29,7 +29,7 @@ from .. import kernels
 from ..kernels import stand_in
 from ..kernels._triton import DeviceLimits, Launch
 from ..kernels.machine_code import Resources, limits_of, read_resources
-from .accepted import ACCEPTED
+from .accepted import ACCEPTED, Accepted
 from .compiling import compile_tasks, progress
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -167,12 +167,12 @@ def table(findings: list[Finding]) -> Table:
 
 def unused(findings: list[Finding]) -> list[str]:
     """Entries of `ACCEPTED` about kernels that were examined, and that cover nothing any more."""
-    reasons = {text for finding in findings for text in finding.accepted}
-    return [
-        known.name
-        for known in ACCEPTED
-        if any(map(known.concerns, findings)) and not any(text.endswith(f": {known.reason}") for text in reasons)
-    ]
+    return [known.name for known in ACCEPTED if any(map(known.concerns, findings)) and not _covers_any(known, findings)]
+
+
+def _covers_any(known: Accepted, findings: list[Finding]) -> bool:
+    said = ((finding, text.removesuffix(f": {known.reason}")) for finding in findings for text in finding.accepted)
+    return any(known.covers(finding, problem) for finding, problem in said)
 
 
 def with_other_triton(folder: Path, arguments: list[str]) -> list[Finding]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils._device
 from kernel_testing import TRITON_DEVICE
 
 _OPERATIONS = ("add_norm", "embed_norm", "linear", "pack", "padding", "varlen_attention")
@@ -44,6 +45,8 @@ def _interpret_standard_functions() -> None:
 def poisoned_empty():
     """``torch.empty`` returns NaN, so that an element which a kernel leaves unwritten cannot pass for right."""
     empty = torch.empty
+    # `with torch.device(...)` remembers which functions make tensors when it is first used: that must not be these.
+    torch.utils._device._device_constructors()
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)

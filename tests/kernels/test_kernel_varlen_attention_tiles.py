@@ -68,7 +68,7 @@ def test_several_heads_a_program():
     assert torch.equal(out, check("triton", q, k, v, lengths, 0.25))
 
 
-@given(tiles=st.integers(0, 10_000), heads=st.integers(1, 32), multiprocessors=st.sampled_from([1, 84, 132]))
+@given(tiles=st.integers(1, 10_000), heads=st.integers(1, 32), multiprocessors=st.sampled_from([1, 84, 132]))
 def test_heads_of_a_program(tiles, heads, multiprocessors):
     """At most four, and one where there is not work enough for the whole device."""
     chosen = heuristics.choose_heads(tiles, heads, DeviceLimits((9, 0), multiprocessors))

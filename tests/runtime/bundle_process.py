@@ -88,6 +88,7 @@ def warm_up_with(bundle_folder: str | None, folder: str, architecture: str, max_
     limits = ARCHITECTURES[architecture][0]
     launches = dry_run(model_of(folder), limits, random_shapes(Bounds(max_tokens, max_seqlen), 40, seed=1))
     with stand_in.standing_in(limits.capability):
+        keys = {stand_in.cache_key(launch) for launch in launches}
         loaded = bundle_folder is not None and bundle.load_bundle(bundle_folder)
         for launch in launches if loaded else launches[:1]:
             kernel = stand_in.warm_up(launch)
@@ -95,7 +96,7 @@ def warm_up_with(bundle_folder: str | None, folder: str, architecture: str, max_
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     return {
         "loaded": loaded,
-        "launches": len(launches),
+        "keys": len(keys),
         "hits": hits,
         "compiled": compiled,
         "written": sorted(path.name for path in cache.iterdir()) if cache.exists() else [],
