@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +59,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # tensors, numbers, and None for a tensor that is not given
+    arguments: dict[str, Any]  # tensors, their descriptors, numbers, and None for a tensor that is not given
     constants: dict[str, Any]  # the kernel's tl.constexpr parameters
     num_warps: int
     num_stages: int
@@ -74,11 +76,20 @@ class Launch:
         if _recording is not None:
             _recording.launches.append(self)
             return
+        _load_named_bundle()
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device, not on that of its arguments
                 self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
         else:
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+@functools.cache
+def _load_named_bundle() -> None:
+    """Before the first launch: the kernels that FASTENCODER_BUNDLE names, if it names any."""
+    folder = os.environ.get("FASTENCODER_BUNDLE")
+    if folder:
+        importlib.import_module("fastencoder.runtime").load_bundle(folder)
 
 
 class _Recording(NamedTuple):
