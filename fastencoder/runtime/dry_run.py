@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..kernels import _dispatch, _triton
+from ..families.embeddings import EMBEDDINGS
+from ..kernels import _dispatch, _triton, embed_norm
 from ..kernels._triton import DeviceLimits, Launch, cdiv
 from ..kernels.varlen_attention import query_block
 from ..layers import FastLayer
@@ -23,7 +24,7 @@ from ..layers.binding import Binding
 from ..layers.program import run_layer
 from ..layers.weights import Projections
 from ..packing import PackedBatch
-from ..registry import by_class
+from ..registry import by_class, qualified_name
 from ..report import survey
 from . import graphs
 
@@ -72,6 +73,7 @@ def dry_run(model: nn.Module, limits: DeviceLimits, shapes: Iterable[Shape]) -> 
     found: dict[Key, Launch] = {}
     for shape in shapes:
         found.update(layers.ask(limits, shape) | layers.ask_about_masks(limits, shape))
+    found.update(_embedding_launches(model, limits))
     return list(found.values())
 
 
@@ -98,6 +100,7 @@ def every_launch(model: nn.Module, limits: DeviceLimits, bounds: Bounds) -> list
             found.update(layers.ask_about_masks(limits, shape))
     for count in {lengths[-1], bounds.max_tokens}:
         _explore(lambda longest, count=count: ask(few(count, longest)), lengths)
+    found.update(_embedding_launches(model, limits))
     return list(found.values())
 
 
@@ -123,6 +126,35 @@ def _explore(ask: Callable[[int], frozenset[Key]], points: Sequence[int]) -> fro
             found |= middle[1]
             between += [((low, at_low), middle), (middle, (high, at_high))]
     return found
+
+
+def _embedding_launches(model: nn.Module, limits: DeviceLimits) -> dict[Key, Launch]:
+    """What the model's fast embeddings launch, whatever the batch: ids come in either of two types."""
+    with _triton.recording(limits) as launches, torch.inference_mode():
+        for module in model.modules():
+            adapter = EMBEDDINGS.get(qualified_name(getattr(module, "original_class", type(module))))
+            if adapter is None:
+                continue
+            norm, ids = module.LayerNorm, torch.empty(16, dtype=torch.int64, device="meta")
+            tables = [_meta_like(module.word_embeddings.weight), _meta_like(module.position_embeddings.weight)]
+            types = _meta_like(module.token_type_embeddings.weight) if adapter.has_types else None
+            for dtype in (torch.int32, torch.int64):
+                embed_norm(
+                    ids.to(dtype),
+                    tables[0],
+                    _meta_like(norm.weight),
+                    None if norm.bias is None else _meta_like(norm.bias),
+                    norm.eps,
+                    position_ids=ids,
+                    position_table=tables[1],
+                    type_ids=None if types is None else ids,
+                    type_table=types,
+                )
+    return {key_of(launch): launch for launch in launches}
+
+
+def _meta_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 class _Layers:
@@ -223,7 +255,7 @@ def _run_in_a_graph(binding: Binding, projections: Projections, shape: Shape) ->
     spec, bucket = binding.spec, graphs.bucket_of(shape.lengths)
     values = torch.empty(bucket.tokens, spec.hidden_size, dtype=projections.dtype, device="meta")
     queries = query_block(spec.head_dim, values.dtype, bucket.longest, values.device)
-    tiles, offsets = graphs._parts(graphs._plan(bucket, queries, ()), bucket)
+    tiles, offsets = graphs.plan_parts(graphs.make_plan(bucket, queries, ()), bucket)
     batch = PackedBatch(values, offsets, bucket.longest, None, 0, 0, _tiles={queries: tiles})
     run_layer(binding, projections, batch, values)
 

@@ -132,8 +132,8 @@ class GraphRunner:
     def _capture(self, bucket: Bucket, queries: int, hidden: torch.Tensor, forward: Forward) -> _Captured | None:
         with torch.inference_mode(False), torch.no_grad():  # buffers that both modes may write to
             inputs = hidden.new_zeros(bucket.tokens, hidden.shape[-1])
-            plan = _plan(bucket, queries, ()).to(hidden.device)
-            tiles, offsets = _parts(plan, bucket)
+            plan = make_plan(bucket, queries, ()).to(hidden.device)
+            tiles, offsets = plan_parts(plan, bucket)
             try:
                 if self._pool is None:
                     self._pool = new_pool(hidden.device)
@@ -160,7 +160,7 @@ class GraphRunner:
         values: torch.Tensor,
         finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        plan = _plan(bucket, captured.queries, lengths)
+        plan = make_plan(bucket, captured.queries, lengths)
         on_device = values.is_cuda
         if on_device and self._last_use is not None:
             self._last_use.wait()  # the last batch may be on another stream
@@ -177,7 +177,7 @@ class GraphRunner:
         return output
 
 
-def _plan(bucket: Bucket, queries: int, lengths: Sequence[int]) -> torch.Tensor:
+def make_plan(bucket: Bucket, queries: int, lengths: Sequence[int]) -> torch.Tensor:
     """Tiles and offsets of a batch in a bucket, on the host: one copy to the device. The sequences that the batch does not
     have are empty, and so is one more, which the tiles that it does not need name."""
     # No batch in the bucket has more tiles: all but the last of a sequence are full.
@@ -191,7 +191,7 @@ def _plan(bucket: Bucket, queries: int, lengths: Sequence[int]) -> torch.Tensor:
     return torch.cat([tiles.flatten(), offsets])
 
 
-def _parts(plan: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_parts(plan: torch.Tensor, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the tiles `[n, 2]` and the offsets `[sequences + 2]` in a plan."""
     count = plan.shape[0] - (bucket.sequences + 2)
     return plan[:count].view(-1, 2), plan[count:]
