@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from .kernels import pack, read_mask, token_positions, unpack
-from .kernels._dispatch import device_kind
+from .kernels._dispatch import on_gpu
 from .kernels.padding import BIAS, DIFFERS, unreadable
 from .kernels.varlen_attention import query_block, tile_list
 
@@ -116,8 +116,7 @@ class PackedBatch:
     def tiles(self, head_dim: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Attention's list of work on the device (int32 `[n, 2]`, see `kernels.varlen_attention`). None where it is not
         needed: on the CPU, or if all sequences are equally long."""
-        on_gpu = device_kind(self.offsets) in ("cuda", "triton")
-        if not self._tiles and (not on_gpu or self.lengths is None or self.indices is None):
+        if not self._tiles and (not on_gpu(self.offsets.device) or self.lengths is None or self.indices is None):
             return None
         queries = query_block(head_dim, dtype, self.max_seqlen, self.offsets.device)
         if queries not in self._tiles and self.lengths is not None:

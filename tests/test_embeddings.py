@@ -20,7 +20,7 @@ from . import tiny
 
 @pytest.fixture(autouse=True)
 def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(fast_embeddings, "device_kind", lambda weight: "cuda")
+    monkeypatch.setattr(fast_embeddings, "on_gpu", lambda device: True)
 
 
 def _config(name: str):

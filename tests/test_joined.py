@@ -21,7 +21,7 @@ from .test_weights import CHANGES
 @pytest.fixture(autouse=True)
 def as_on_cuda(monkeypatch):
     """Weights are kept as on a CUDA device; the kernels stay the CPU's."""
-    monkeypatch.setattr(weights, "device_kind", lambda weight: "cuda")
+    monkeypatch.setattr(weights, "on_gpu", lambda device: True)
 
 
 def _parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:

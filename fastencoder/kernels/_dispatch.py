@@ -78,6 +78,11 @@ def device_kind(x: torch.Tensor) -> str:
     return _forced or x.device.type
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether operations on this device run as on a GPU: through Triton or the vendor's library."""
+    return (_forced or device.type) in ("cuda", "triton")
+
+
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
     """Run every operation inside the block on one implementation, whatever the device: for tests, benchmarks,

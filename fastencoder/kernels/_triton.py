@@ -125,6 +125,17 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
+@contextlib.contextmanager
+def user_precision(dtype: str) -> Iterator[None]:
+    """What a user's setting would be inside the block: float32 matrix products in TF32 for "tf32", exact otherwise."""
+    matmul = torch.backends.cuda.matmul
+    previous, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = previous
+
+
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself if its last dimension is contiguous, as every kernel expects, otherwise a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

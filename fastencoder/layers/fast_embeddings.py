@@ -14,7 +14,7 @@ from torch import nn
 from .. import kernels
 from ..eligibility import touched
 from ..families.embeddings import EmbeddingAdapter
-from ..kernels._dispatch import device_kind
+from ..kernels._dispatch import on_gpu
 from .arguments import read_arguments
 from .guards import Delegated, refuse_mode
 
@@ -60,7 +60,7 @@ class FastEmbeddings(nn.Module):
 
     def _forward_fast(self, args: tuple, kwargs: dict) -> torch.Tensor:
         state, word = self._fastencoder_embeddings, self.word_embeddings
-        if device_kind(word.weight) not in ("cuda", "triton"):
+        if not on_gpu(word.weight.device):
             raise Delegated("one launch instead of several is worth nothing here")
         given = read_arguments(type(self).original_class, args, kwargs)
         ids, positions, types = (given.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids"))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..kernels._dispatch import device_kind
+from ..kernels._dispatch import device_kind, on_gpu
 from ..kernels.linear import cpu as linear_cpu
 from ..spec import LayerSpec
 from .binding import Binding
@@ -150,7 +150,7 @@ def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
 def _layout(binding: Binding) -> Literal["prepacked", "joined", "plain"]:
     """How the weights of a layer are kept, for the device that it runs on."""
     weights = [linear.weight for linear in binding.linears.values()]
-    if device_kind(weights[0]) in ("cuda", "triton"):
+    if on_gpu(weights[0].device):
         own = len({id(binding.linears[slot].weight) for slot in _QKV}) == len(_QKV)  # not tied to one another
         return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"

@@ -81,7 +81,7 @@ def partial_splits(tokens: int, n: int, k: int, dtype: torch.dtype, device: torc
 
     Always 1 off CUDA, and under ``torch.compile``, where the number of tokens may be unknown.
     """
-    if torch.compiler.is_compiling() or (_dispatch._forced or device.type) not in ("cuda", "triton"):
+    if torch.compiler.is_compiling() or not _dispatch.on_gpu(device):
         return 1
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return 1

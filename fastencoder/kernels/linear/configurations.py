@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 
-from fastencoder.kernels._triton import DeviceLimits, Launch, dot_precision
+from fastencoder.kernels._triton import DeviceLimits, Launch, dot_precision, user_precision
 from fastencoder.kernels.linear import heuristics
 from fastencoder.kernels.linear.heuristics import Tile, fitted
 from fastencoder.kernels.linear.triton_kernel import plan, plan_partial, plan_reduction
@@ -28,7 +27,7 @@ def _configurations(limits: DeviceLimits) -> Iterator[tuple[str, Launch]]:
     The two 16-bit types differ in one instruction, so that each is compiled where the other is not.
     """
     for dtype in ("bf16", "tf32", "fp32"):
-        with _precision(dtype):
+        with user_precision(dtype):
             tiles = _tiles(dtype, limits)
             for tile in tiles:
                 yield _product(dtype, tile, "gelu", False, False, limits)
@@ -46,7 +45,7 @@ def _configurations(limits: DeviceLimits) -> Iterator[tuple[str, Launch]]:
         yield _product("fp16", _tiles("fp16", limits)[0], activation, True, False, limits)
     # Rows that do not begin on a multiple of 16 elements, of a length that no step divides.
     for dtype in ("fp16", "tf32"):
-        with _precision(dtype):
+        with user_precision(dtype):
             for tile in _tiles(dtype, limits):
                 if not tile.descriptors:
                     yield _product(dtype, tile, "gelu_tanh", True, False, limits, n=1201, k=311)
@@ -106,14 +105,3 @@ def _name(dtype: str, tile: Tile) -> str:
 
 def _meta(dtype: str, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
-
-
-@contextlib.contextmanager
-def _precision(dtype: str) -> Iterator[None]:
-    """What a user's setting would be inside the block: float32 matrix products in TF32 for "tf32", exact otherwise."""
-    matmul = torch.backends.cuda.matmul
-    previous, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = previous

@@ -6,12 +6,11 @@ instructions from the machine code.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 
-from fastencoder.kernels._triton import DeviceLimits, Launch
+from fastencoder.kernels._triton import DeviceLimits, Launch, user_precision
 from fastencoder.kernels.varlen_attention.features import PLAIN, Features
 from fastencoder.kernels.varlen_attention.triton_kernel import plan
 
@@ -61,7 +60,7 @@ def _launch(
     offsets = _meta(_SEQUENCES + 1, dtype=torch.int32)
     tiles = _meta(4 * _SEQUENCES, 2, dtype=torch.int32) if with_tiles else None
     out = _meta(tokens, _HEADS, dim, dtype=q.dtype)
-    with _precision(dtype):
+    with user_precision(dtype):
         return plan(q, k, v, offsets, seqlen, dim**-0.5, out, limits, _features(q, seqlen, features), tiles)
 
 
@@ -84,14 +83,3 @@ def _features(q: torch.Tensor, seqlen: int, names: tuple[str, ...]) -> Features:
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@contextlib.contextmanager
-def _precision(dtype: str) -> Iterator[None]:
-    """What a user's setting would be inside the block: float32 matrix products in TF32 for "tf32", exact otherwise."""
-    matmul = torch.backends.cuda.matmul
-    previous, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = previous
