@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from . import registry
 from .activations import activation_name
+from .norms import norm_kind
+from .parts import ParameterPair, examine_linears, linear_at, lookup
 from .spec import LAYER_SCALE_SLOTS, LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec, NameMap
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,7 +60,7 @@ def inspect_layer(
     if names is None:
         missing = ", ".join(_missing(layer, adapter.names[0]))
         return Finding(None, (f"it does not have the parts that its class had when it was registered: no {missing}",))
-    reasons = tuple(_checks(layer, layer_class, names, allow_meta))
+    reasons = tuple(_checks(layer, layer_class, adapter, names, allow_meta))
     if reasons:
         return Finding(None, reasons)
     return Finding(_read_spec(layer, adapter, names))
@@ -74,6 +76,9 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
     for path, expected in adapter.requires.items():
         if lookup(layer, path) != expected:
             return f"{path} is {lookup(layer, path)!r}, and only {expected!r} is this family"
+    refused = adapter.refuses(layer) if adapter.refuses is not None else None
+    if refused:
+        return refused
     attention = lookup(layer, adapter.names[0].attention)
     if getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False):
         return "its attention is causal: it is a decoder layer"
@@ -81,30 +86,24 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
 
 
 def _missing(layer: nn.Module, names: NameMap) -> list[str]:
-    paths = [getattr(names, slot) for slot in (*LINEAR_SLOTS, *NORM_SLOTS, "activation", "heads")]
-    paths += [getattr(names, slot) for slot in LAYER_SCALE_SLOTS if getattr(names, slot)]
+    paths = [*names.given((*LINEAR_SLOTS, *NORM_SLOTS, *LAYER_SCALE_SLOTS, "activation", "feed_forward")).values()]
+    paths += names.given(("heads", "kv_heads", "head_dim")).values()
     return [path for path in paths if lookup(layer, path) is None]
 
 
-def lookup(layer: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
-    found: Any = layer
-    for part in path.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return None
-    return found
-
-
-def _checks(layer: nn.Module, layer_class: type[nn.Module], names: NameMap, allow_meta: bool) -> Iterator[str]:
-    yield from _check_own_code(layer, layer_class)
-    yield from _check_linears(layer, names)
+def _checks(
+    layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter, names: NameMap, allow_meta: bool
+) -> Iterator[str]:
+    opaque, reasons = examine_linears(layer, names)
+    opaque_paths = tuple(getattr(names, slot) for slot in opaque)
+    yield from _check_own_code(layer, layer_class, opaque_paths)
+    yield from reasons
     yield from _check_norms(layer, names)
-    yield from _check_nothing_added(layer, names)
-    yield from _check_tensors(layer, allow_meta)
-    yield from _check_heads(layer, names)
+    yield from _check_nothing_added(layer, adapter, names)
+    yield from _check_tensors(layer, opaque_paths, allow_meta)
+    yield from _check_heads(layer, adapter, names)
     yield from _check_attention_function(layer, names)
-    if activation_name(lookup(layer, names.activation)) is None:
+    if names.activation and activation_name(lookup(layer, names.activation)) is None:
         activation = lookup(layer, names.activation)
         yield (
             f"its activation {names.activation} is {_describe(activation)}, which is not a known element-wise activation "
@@ -112,8 +111,14 @@ def _checks(layer: nn.Module, layer_class: type[nn.Module], names: NameMap, allo
         )
 
 
-def _check_own_code(layer: nn.Module, layer_class: type[nn.Module]) -> Iterator[str]:
-    """Every inner module must run the code of the layer's own file, of torch, or of transformers' activations."""
+def _inside(name: str, paths: tuple[str, ...]) -> bool:
+    """Whether a dotted name lies below one of these paths, or is one."""
+    return any(name == path or name.startswith(path + ".") for path in paths)
+
+
+def _check_own_code(layer: nn.Module, layer_class: type[nn.Module], opaque: tuple[str, ...]) -> Iterator[str]:
+    """Every inner module must run the code of the layer's own file, of torch, or of transformers' activations; opaque ones run
+    whatever they like."""
     trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__)}
     for name, module in layer.named_modules():
         what = name or "the layer itself"
@@ -127,7 +132,7 @@ def _check_own_code(layer: nn.Module, layer_class: type[nn.Module]) -> Iterator[
         if has_foreign_hooks(module):
             yield f"{what} has forward hooks, which a fused layer would not run; remove them or hook the whole layer"
         cls = type(module)
-        if cls.__module__.startswith("torch.nn.modules."):
+        if cls.__module__.startswith("torch.nn.modules.") or _inside(name, opaque):
             continue
         if cls.__module__ not in trusted:
             yield f"{what} is a {registry.qualified_name(cls)}, not the part that {layer_class.__name__} is made of"
@@ -162,40 +167,30 @@ def _sources(module_name: str) -> frozenset[str]:
     return frozenset(cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models."))
 
 
-def _check_linears(layer: nn.Module, names: NameMap) -> Iterator[str]:
-    for slot in LINEAR_SLOTS:
-        path = getattr(names, slot)
-        module = lookup(layer, path)
-        if type(module) is not nn.Linear:
-            yield (
-                f"{path} is a {registry.qualified_name(type(module))}, not a plain nn.Linear (an adapter, a quantised or a "
-                "parametrised layer); merge or remove it"
-            )
-
-
 def _check_norms(layer: nn.Module, names: NameMap) -> Iterator[str]:
-    for slot in NORM_SLOTS:
-        path = getattr(names, slot)
+    for path in names.given(NORM_SLOTS).values():
         module = lookup(layer, path)
-        if type(module) is not nn.LayerNorm:
-            yield f"{path} is a {registry.qualified_name(type(module))}, not nn.LayerNorm"
-        elif module.weight is None or len(module.normalized_shape) != 1:
+        cls = type(module)
+        if type(module) is nn.LayerNorm and norm_kind(module) is None:
             yield f"{path} has no weight, or normalises over more than the hidden size"
+        elif norm_kind(module) is None and not cls.__module__.startswith("transformers."):
+            yield f"{path} is a {registry.qualified_name(cls)}, which is neither LayerNorm nor RMSNorm"
 
 
-def _check_nothing_added(layer: nn.Module, names: NameMap) -> Iterator[str]:
+def _check_nothing_added(layer: nn.Module, adapter: Adapter, names: NameMap) -> Iterator[str]:
     """Every parameter must belong to a slot: one that does not is maths that the program would leave out."""
-    modules = [getattr(names, slot) for slot in (*LINEAR_SLOTS, *NORM_SLOTS)]
-    scales = [getattr(names, slot) for slot in LAYER_SCALE_SLOTS]
+    parts = [*names.given((*LINEAR_SLOTS, *NORM_SLOTS, *LAYER_SCALE_SLOTS, "feed_forward")).values()]
+    parts += adapter.extra_parameters
+    parts += [path.removesuffix("weight") + "bias" for path in parts if path.endswith("weight")]
     for name, _ in (*layer.named_parameters(), *layer.named_buffers()):
-        if name not in scales and name.rpartition(".")[0] not in modules:
+        if not _inside(name, tuple(parts)):
             yield f"{name} is not part of this family: the layer computes something more"
 
 
-def _check_tensors(layer: nn.Module, allow_meta: bool) -> Iterator[str]:
-    tensors = dict(layer.named_parameters())
+def _check_tensors(layer: nn.Module, opaque: tuple[str, ...], allow_meta: bool) -> Iterator[str]:
+    tensors = {name: tensor for name, tensor in layer.named_parameters() if not _inside(name, opaque)}
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    devices = {tensor.device for tensor in tensors.values()}
+    devices = {tensor.device for tensor in layer.parameters()}
     if len(dtypes) > 1:
         yield f"its weights have mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     elif not dtypes <= set(DTYPES):
@@ -209,27 +204,71 @@ def _check_tensors(layer: nn.Module, allow_meta: bool) -> Iterator[str]:
             yield f"{name} is a {registry.qualified_name(type(tensor))}, not a plain parameter"
 
 
-def _check_heads(layer: nn.Module, names: NameMap) -> Iterator[str]:
-    query, key, value, out, up, down = (lookup(layer, getattr(names, slot)) for slot in LINEAR_SLOTS)
-    if not all(isinstance(module, nn.Linear) for module in (query, key, value, out, up, down)):
-        return  # said already
-    heads = lookup(layer, names.heads)
-    if not isinstance(heads, int) or query.out_features % heads:
-        yield f"{heads!r} heads do not divide the query width {query.out_features}"
+def _width(part: Any, side: Literal["in", "out"]) -> int | None:
+    """Inputs or outputs of what is in a linear slot; None if an opaque one does not say."""
+    if isinstance(part, ParameterPair):
+        return part.weight.shape[1 if side == "in" else 0]
+    return getattr(part, f"{side}_features", None)
+
+
+def read_heads(layer: nn.Module, names: NameMap) -> tuple[int, int, int] | None:
+    """H, Hk and d of a layer's attention; None if they cannot be found out."""
+    heads, kv_heads, dim = (
+        lookup(layer, path) if path else None for path in (names.heads, names.kv_heads, names.head_dim)
+    )
+    parts = {slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()}
+    width = _width(parts["out"], "in")
+    if names.qkv and isinstance(heads, int):
+        fused, all_heads = _width(parts["qkv"], "out"), heads + 2 * (kv_heads or heads)
+        if fused is not None and fused % all_heads == 0:
+            width = fused // all_heads * heads
+    elif not names.qkv:
+        width = _width(parts["query"], "out") or width
+    if isinstance(width, int) and isinstance(heads, int) and heads and width % heads == 0:
+        dim = dim or width // heads
+    elif isinstance(width, int) and isinstance(dim, int) and heads is None:
+        heads = width // dim
+    if kv_heads is None and not names.qkv and isinstance(dim, int):
+        kv_heads = (_width(parts["key"], "out") or width or 0) // dim
+    kv_heads = kv_heads or heads
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(dim, int)):
+        return None
+    return heads, kv_heads, dim
+
+
+def _check_heads(layer: nn.Module, adapter: Adapter, names: NameMap) -> Iterator[str]:
+    parts = {slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()}
+    found = read_heads(layer, names)
+    if found is None:
+        width = _width(parts.get("query", parts.get("qkv")), "out")
+        yield f"{lookup(layer, names.heads)!r} heads do not divide the query width {width}"
         return
-    widths = {
-        query.in_features,
-        key.in_features,
-        value.in_features,
-        out.out_features,
-        up.in_features,
-        down.out_features,
+    heads, kv_heads, dim = found
+    outputs = {slot: _width(part, "out") for slot, part in parts.items()}
+    inputs = {slot: _width(part, "in") for slot, part in parts.items()}
+    inner = outputs.get("up")
+    if inner is not None and adapter.gated_up:
+        inner //= 2
+    expected = {
+        "query": heads * dim,
+        "key": kv_heads * dim,
+        "value": kv_heads * dim,
+        "qkv": (heads + 2 * kv_heads) * dim,
+        "gate": inner,
     }
-    inner = {query.out_features, key.out_features, value.out_features, out.in_features}
-    if len(widths) > 1 or len(inner) > 1 or up.out_features != down.in_features:
+    outer = {inputs.get(slot) for slot in ("query", "key", "value", "qkv", "gate", "up")}
+    outer |= {outputs.get(slot) for slot in ("out", "down")}
+    fits = (
+        all(outputs.get(slot) in (width, None) for slot, width in expected.items())
+        and inputs["out"] in (heads * dim, None)
+        and len(outer - {None}) == 1
+        and (inner is None or inputs.get("down") in (inner, None))
+        and heads % kv_heads == 0
+    )
+    if not fits:
         yield "its projections have unequal widths (pruned heads, or attention to something else)"
-    if query.out_features // heads > MAX_HEAD_DIM:
-        yield f"its head size {query.out_features // heads} is above {MAX_HEAD_DIM}"
+    if dim > MAX_HEAD_DIM:
+        yield f"its head size {dim} is above {MAX_HEAD_DIM}"
 
 
 def attention_implementation(layer: nn.Module, names: NameMap) -> str | None:
@@ -253,20 +292,25 @@ def _check_attention_function(layer: nn.Module, names: NameMap) -> Iterator[str]
 
 
 def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:
-    linears = {slot: lookup(layer, getattr(names, slot)) for slot in LINEAR_SLOTS}
-    heads = lookup(layer, names.heads)
-    head_dim = linears["query"].out_features // heads
-    scale = lookup(layer, names.scaling) if names.scaling else None
+    opaque, _ = examine_linears(layer, names)
+    linears = {slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()}
+    found = read_heads(layer, names)
+    assert found is not None  # or the checks would have said so
+    heads, kv_heads, head_dim = found
+    scale = lookup(layer, names.scaling) if names.scaling else adapter.scale
+    hidden_size = _width(linears["out"], "out") or lookup(layer, names.norm1).weight.shape[0]
     return LayerSpec(
         adapter=adapter,
         names=names,
-        hidden_size=linears["query"].in_features,
+        hidden_size=hidden_size,
         num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        activation=activation_name(lookup(layer, names.activation)) or "module",
-        intermediate_size=linears["up"].out_features,
-        linear_bytes=sum(linear.weight.nbytes for linear in linears.values()),
+        activation=(activation_name(lookup(layer, names.activation)) or "module") if names.activation else "",
+        intermediate_size=(_width(linears["down"], "in") or 0) if names.down else 0,
+        linear_bytes=sum(linear.weight.nbytes for slot, linear in linears.items() if slot not in opaque),
+        opaque=opaque,
     )
 
 

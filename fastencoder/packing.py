@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -46,6 +48,7 @@ class PackedBatch:
     seqlen: int
     lengths: tuple[int, ...] | None = None
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _memo: dict[tuple[Any, ...], tuple[torch.Tensor, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_padded(cls, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> PackedBatch:
@@ -122,6 +125,39 @@ class PackedBatch:
         if queries not in self._tiles and self.lengths is not None:
             self._tiles[queries] = _to_device(tile_list(self.lengths, queries), self.offsets.device)
         return self._tiles.get(queries)
+
+    def remembered(self, key: tuple[Any, ...], source: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """What `make()` returned for this key and this very tensor: every layer of a batch is given the same one."""
+        found = self._memo.get(key)
+        if found is None or found[0] is not source:
+            found = self._memo[key] = (source, make())
+        return found[1]
+
+    def per_token(self, table: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The rows `[T, *]` of the real tokens, of a table by position: `prepare(table)` with `table` `[1 or B, S, *]`.
+
+        Raises:
+            ValueError: the table is not one of this batch.
+        """
+
+        def make() -> torch.Tensor:
+            rows = prepare(table)
+            if self.seqlen == 0:  # packed by its owner: the table is packed as well
+                fits = rows.dim() >= 2 and rows.shape[0] == 1 and rows.shape[1] == self.values.shape[0]
+            else:
+                fits = rows.dim() >= 2 and rows.shape[0] in (1, self.batch) and rows.shape[1] == self.seqlen
+            if not fits:
+                raise ValueError(f"a table {tuple(rows.shape)} does not belong to {self.batch} sequences of {self.seqlen}")
+            if self.seqlen == 0:
+                return rows[0].contiguous()
+            if self.indices is None:
+                return rows.expand(self.batch, *rows.shape[1:]).flatten(0, 1)
+            if rows.shape[0] == 1:
+                return rows[0].index_select(0, self.indices % self.seqlen)
+            return rows.flatten(0, 1).index_select(0, self.indices)
+
+        found: torch.Tensor = self.remembered((prepare.__qualname__, id(table)), table, make)
+        return found
 
     def with_values(self, values: torch.Tensor) -> PackedBatch:
         """The same batch with other contents `[T, D]`."""

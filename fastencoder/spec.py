@@ -6,45 +6,78 @@ it gives a `LayerSpec`, the canonical description that the fast layer runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 NormPlacement = Literal["post", "pre"]
 Clamp = Literal["none", "non-finite", "always"]
 
-LINEAR_SLOTS = ("query", "key", "value", "out", "up", "down")
-NORM_SLOTS = ("norm1", "norm2")
+LINEAR_SLOTS = ("query", "key", "value", "qkv", "out", "gate", "up", "down")
+NORM_SLOTS = (
+    "norm1",
+    "norm2",
+    "output_norm1",
+    "output_norm2",
+    "query_norm",
+    "key_norm",
+    "mixed_norm",
+    "inner_norm",
+)
 LAYER_SCALE_SLOTS = ("scale1", "scale2")
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """Where a layer keeps its parts, as dotted paths from the layer.
+    """Where a layer keeps its parts, as dotted paths from the layer; empty where it has no such part.
+
+    Linear slots are `nn.Linear`s, or parameters whose path ends in `weight` (their bias ends in `bias`, as in
+    `nn.MultiheadAttention.in_proj_weight`). The attention has `query`, `key` and `value`, or all three in `qkv`; the
+    feed-forward block has `up` and `down`, and if it is gated (`activation(gate(x)) * up(x)`) `gate`, or both in `up`; or it
+    is the module `feed_forward`, which works on each token by itself and is called as it is.
 
     `norm1` belongs to the attention block and `norm2` to the feed-forward block, whether they come before (pre-LN) or
-    after (post-LN) their block. `scale1` and `scale2` are the parameters of LayerScale (https://arxiv.org/abs/2103.17239).
+    after (post-LN) their block. `output_norm1` and `output_norm2` normalise what a block adds to the residual stream
+    ("sandwich"), `query_norm` and `key_norm` queries and keys, `mixed_norm` what comes into the attention's output
+    projection, `inner_norm` what comes into `down`. `scale1` and `scale2` are the parameters of LayerScale
+    (https://arxiv.org/abs/2103.17239).
     """
 
-    query: str
-    key: str
-    value: str
     out: str
     norm1: str
-    up: str
-    activation: str
-    down: str
     norm2: str
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    qkv: str = ""
+    up: str = ""
+    gate: str = ""
+    activation: str = ""
+    down: str = ""
+    feed_forward: str = ""
+    output_norm1: str = ""
+    output_norm2: str = ""
+    query_norm: str = ""
+    key_norm: str = ""
+    mixed_norm: str = ""
+    inner_norm: str = ""
     scale1: str | None = None
     scale2: str | None = None
-    # Attribute paths (not modules) that give the number of heads and the factor on the scores.
+    # Attribute paths (not modules) that give the number of heads, of heads of keys and values (default: as many), the width of
+    # a head (default: what the query projection makes of the heads), and the factor on the scores.
     heads: str = ""
+    kv_heads: str = ""
+    head_dim: str = ""
     scaling: str | None = None
 
     @property
     def attention(self) -> str:
         """Path of the module that owns the query projection."""
-        return self.query.rpartition(".")[0]
+        return (self.query or self.qkv).rpartition(".")[0]
+
+    def given(self, slots: tuple[str, ...]) -> dict[str, str]:
+        """The paths of those of `slots` that the layer has, by slot."""
+        return {slot: getattr(self, slot) for slot in slots if getattr(self, slot)}
 
 
 @dataclass(frozen=True)
@@ -61,8 +94,20 @@ class Adapter:
         extra_outputs: None for a layer that returns a tensor, otherwise how many values follow the hidden states in the
             tuple that it returns (they are None unless attentions are asked for).
         time_major: True if hidden states arrive as `[S, B, D]`.
+        attention: what attention adds to queries, keys and values: a name of `fastencoder.layers.attention.KINDS`.
+        qkv_order: how the rows of a `qkv` projection lie: all queries, then all keys, then all values ("qkv"), or queries, keys
+            and values of one head after the other ("heads").
+        gated_up: which half of an `up` that holds both goes through the activation: "first" or "second"; "" where there are no
+            halves.
+        scale: the factor on the scores where the layer has no attribute for it and it is not `head_dim ** -0.5`.
+        options: what else the kind of attention must know about the class.
+        ignores: arguments of the layer's `forward` that change nothing in it.
+        offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
+        label: the family's name, for people; by default it is made of `norm_placement`.
+        extra_parameters: paths of parameters and buffers that the kind of attention reads.
         requires: attribute paths with the values that this adapter describes. Another value means another program: such
             a layer is left alone.
+        refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
@@ -81,7 +126,17 @@ class Adapter:
     clamp: Clamp = "none"
     extra_outputs: int | None = None
     time_major: bool = False
+    attention: str = "plain"
+    qkv_order: Literal["qkv", "heads"] = "qkv"
+    gated_up: Literal["", "first", "second"] = ""
+    scale: float | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
+    offsets: str = ""
+    extra_parameters: tuple[str, ...] = ()
+    label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)
+    refuses: Callable[[Any], str | None] | None = None
     decoder: str | None = None
     keeps_hidden_states: bool = False
     padding_is_read: bool | str = False
@@ -90,7 +145,7 @@ class Adapter:
 
     @property
     def family(self) -> str:
-        return f"{self.norm_placement}-LN MHA"
+        return self.label or f"{self.norm_placement}-LN MHA"
 
 
 @dataclass(frozen=True)
@@ -100,19 +155,36 @@ class LayerSpec:
     Args:
         names: the name map that fits the layer.
         hidden_size: D.
-        num_heads, head_dim: H and d; the projections are `[H * d, D]`.
+        num_heads, num_kv_heads, head_dim: H, Hk and d; queries are `[H * d]` wide, keys and values `[Hk * d]`.
         scale: the factor on `q kᵀ`.
-        activation: a name of `fastencoder.kernels.ACTIVATIONS`, or "module" to call the layer's own element-wise module.
-        intermediate_size: F, the width of the feed-forward block.
-        linear_bytes: bytes of the six linear weights, at the layer's dtype.
+        activation: a name of `fastencoder.kernels.ACTIVATIONS`, or "module" to call the layer's own element-wise module; "" if
+            the feed-forward block is one module.
+        intermediate_size: F, the width of the feed-forward block; 0 if that block is one module.
+        linear_bytes: bytes of the weights of all plain linear slots, at the layer's dtype.
+        opaque: the linear slots that hold something else than a plain linear (an adapter, a quantised one): they are called as
+            they are.
     """
 
     adapter: Adapter
     names: NameMap
     hidden_size: int
     num_heads: int
+    num_kv_heads: int
     head_dim: int
     scale: float
     activation: str
     intermediate_size: int
     linear_bytes: int
+    opaque: frozenset[str] = frozenset()
+
+    @property
+    def is_basic(self) -> bool:
+        """Whether this is the first of all programs: plain attention over separate projections, two norms, two linears."""
+        basic = {"query", "key", "value", "out", "up", "down"}
+        return (
+            self.adapter.attention == "plain"
+            and not self.adapter.offsets
+            and not self.opaque
+            and set(self.names.given(LINEAR_SLOTS)) == basic
+            and set(self.names.given(NORM_SLOTS)) == {"norm1", "norm2"}
+        )

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from transformers import Dinov2Config, Dinov2Model, Wav2Vec2Config, Wav2Vec2Model
 from transformers.models.bert import modeling_bert
 
-from fastencoder import NotEligibleError, explain, to_fast
+from fastencoder import NotEligibleError, explain, reverse, to_fast
 
 from . import tiny
 
@@ -42,6 +42,17 @@ def _set(path: str, make):
     return change
 
 
+class MixesTokens(nn.Module):
+    """An adapter that looks at the neighbours of a token, as a convolution does."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x + x.roll(1, dims=1))
+
+
 class Wrapped(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -52,18 +63,13 @@ class Wrapped(nn.Module):
 
 
 CHANGES = {
-    "wrapped linear": (
-        _set("attention.self.query", Wrapped),
-        "attention.self.query is a .*Wrapped, not a plain nn.Linear",
-    ),
-    "subclassed linear": (_set("output.dense", lambda m: OtherLinear(80, 48)), "output.dense is a .*OtherLinear"),
-    "parametrised linear": (
-        lambda layer: parametrizations.weight_norm(layer.intermediate.dense),
-        "intermediate.dense is a .*ParametrizedLinear",
+    "linear that mixes tokens": (
+        _set("attention.self.query", lambda m: MixesTokens(m)),
+        "attention.self.query is a .*MixesTokens, which does not treat each token by itself",
     ),
     "other norm": (
-        _set("output.LayerNorm", lambda m: nn.RMSNorm(48)),
-        "output.LayerNorm is a .*RMSNorm, not nn.LayerNorm",
+        _set("output.LayerNorm", lambda m: nn.GroupNorm(4, 48)),
+        "output.LayerNorm is a .*GroupNorm, which is neither LayerNorm nor RMSNorm",
     ),
     "norm without weight": (
         _set("output.LayerNorm", lambda m: nn.LayerNorm(48, elementwise_affine=False)),
@@ -136,8 +142,48 @@ def test_a_changed_layer_is_refused_with_the_reason(change: str) -> None:
     assert [type(module) for module in model.modules()] == classes
 
 
-# Changes that leave a converted layer's own forward, and so its answers, as they were; and one that the layer's class shadows.
-WITHOUT_EFFECT = ("added parameter", "added buffer", "heads that do not divide", "patched forward")
+def _run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**inputs).last_hidden_state
+
+
+# Parts that are not plain, and stay what they are inside the fast layer.
+OPAQUE = {
+    "wrapped linear": _set("attention.self.query", Wrapped),
+    "subclassed linear": _set("output.dense", lambda m: OtherLinear(80, 48)),
+    "parametrised linear": lambda layer: parametrizations.weight_norm(layer.intermediate.dense),
+    "all three wrapped": lambda layer: [_set(f"attention.self.{n}", Wrapped)(layer) for n in ("query", "key", "value")],
+    "root mean square norm": _set("output.LayerNorm", lambda m: nn.RMSNorm(48)),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", OPAQUE)
+def test_an_opaque_part_is_called_as_it_is(change: str, when: str) -> None:
+    stock = tiny.bert()
+    fast = copy.deepcopy(stock)
+    inputs = tiny.ragged()
+    if when == "after":
+        to_fast(fast)
+        _run(fast, inputs)
+    for model in (stock, fast):
+        torch.manual_seed(0)
+        OPAQUE[change](model.encoder.layer[1])
+        model.eval()
+    if when == "before":
+        to_fast(fast)
+    before = tiny.calls(fast)
+    error = tiny.relative_error(_run(fast, inputs), _run(stock, inputs), inputs["attention_mask"])
+    assert error < 1e-5
+    assert tiny.calls(fast)[0] > before[0]
+    assert tiny.calls(fast)[1] == 0, tiny.reasons(fast)
+    reverse(fast)
+    assert torch.equal(_run(fast, inputs), _run(stock, inputs))
+
+
+# Changes that leave a converted layer's own forward, and so its answers, as they were; one that the layer's class shadows; and
+# one that reads hidden states at padding, which the layers before it leave empty.
+WITHOUT_EFFECT = ("linear that mixes tokens", "added parameter", "added buffer", "heads that do not divide", "patched forward")
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c not in WITHOUT_EFFECT])
@@ -259,25 +305,37 @@ def test_accelerate_hooks_are_found() -> None:
         to_fast(model)
 
 
-def test_lora_is_refused_before_and_respected_after() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_is_an_opaque_part(when: str) -> None:
+    """Wrapped before or after the conversion, switched off and on, merged: the answers of the stock model, and fast."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["query", "value"], r=4, init_lora_weights=False)
-    with pytest.raises(NotEligibleError, match=r"attention\.self\.query is a peft"):
-        to_fast(peft.get_peft_model(tiny.bert(), config).eval())
     inputs = tiny.ragged()
-    fast = to_fast(tiny.bert())
-    with torch.inference_mode():
-        before = fast(**inputs).last_hidden_state
+    models = [tiny.bert(), tiny.bert()]
+    if when == "after":
+        to_fast(models[1])
+        _run(models[1], inputs)
+    adapted = []
+    for model in models:
         torch.manual_seed(1)
-        adapted = peft.get_peft_model(fast, config).eval()
-        got = adapted(**inputs).last_hidden_state
-        stock = tiny.bert()
-        torch.manual_seed(1)
-        expected = peft.get_peft_model(stock, config).eval()(**inputs).last_hidden_state
-        assert tiny.relative_error(got, before, inputs["attention_mask"]) > 0.01
-        assert tiny.relative_error(got, expected, inputs["attention_mask"]) < 1e-5
-        merged = adapted.merge_and_unload()
-        assert tiny.relative_error(merged(**inputs).last_hidden_state, expected, inputs["attention_mask"]) < 1e-5
+        adapted.append(peft.get_peft_model(model, config).eval())
+    if when == "before":
+        to_fast(adapted[1])
+
+    def error() -> float:
+        stock, fast = (_run(model, inputs) for model in adapted)
+        return tiny.relative_error(fast, stock, inputs["attention_mask"])
+
+    plain = _run(tiny.bert(), inputs)
+    assert tiny.relative_error(_run(adapted[1], inputs), plain, inputs["attention_mask"]) > 0.01
+    assert error() < 1e-5
+    with adapted[0].disable_adapter(), adapted[1].disable_adapter():
+        assert error() < 1e-5
+        assert tiny.relative_error(_run(adapted[1], inputs), plain, inputs["attention_mask"]) < 1e-5
+    assert error() < 1e-5
+    adapted = [model.merge_and_unload() for model in adapted]
+    assert error() < 1e-5
+    assert tiny.calls(adapted[1])[1] == 0, tiny.reasons(adapted[1])
 
 
 def test_explain_touches_nothing_and_knows_memory() -> None:

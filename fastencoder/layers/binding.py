@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..eligibility import attention_implementation, inspect_layer, lookup, touched
-from ..spec import LINEAR_SLOTS, Adapter, LayerSpec
+from ..eligibility import attention_implementation, inspect_layer, touched
+from ..norms import Norm, norm_kind, read_norm
+from ..parts import ParameterPair, linear_at, lookup
+from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
 
 # Modules that compute the same in training and in evaluation.
 _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
@@ -32,8 +34,10 @@ class Binding:
 
     Attributes:
         spec: what to compute, or None; then `reasons` says why, and nothing below is there.
-        linears: the six projections by slot.
-        norm1, norm2, activation, attention: the modules of those names in the spec's name map.
+        linears: what is in the linear slots, by slot.
+        norms: the norm modules, by slot.
+        activation, feed_forward, attention: the modules of those names in the spec's name map; None where there is none.
+        memo: what the kind of attention keeps as long as the layer stays as it is.
     """
 
     def __init__(self, layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter) -> None:
@@ -55,10 +59,18 @@ class Binding:
             self._tensors = _tensors(layer)
             return
         names = self.spec.names
-        self.linears: dict[str, nn.Linear] = {slot: lookup(layer, getattr(names, slot)) for slot in LINEAR_SLOTS}
-        self.norm1: nn.LayerNorm = lookup(layer, names.norm1)
-        self.norm2: nn.LayerNorm = lookup(layer, names.norm2)
-        self.activation = lookup(layer, names.activation)
+        self.linears: dict[str, Any] = {
+            slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()
+        }
+        self.norms: dict[str, nn.Module] = {
+            slot: lookup(layer, path) for slot, path in names.given(NORM_SLOTS).items()
+        }
+        parts = [*self.linears.values(), *self.norms.values()]
+        self._holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]
+        self._norm_kinds = {slot: norm_kind(module) for slot, module in self.norms.items()}
+        self.activation = lookup(layer, names.activation) if names.activation else None
+        self.feed_forward = lookup(layer, names.feed_forward) if names.feed_forward else None
+        self.memo: dict[Any, Any] = {}
         self.scale_owner = lookup(layer, names.scaling.rpartition(".")[0]) if names.scaling else None
         self.scale_name = names.scaling.rpartition(".")[2] if names.scaling else ""
         self.attention = lookup(layer, names.attention)
@@ -86,6 +98,15 @@ class Binding:
             return False
         # Where there is a spec, `Projections` watches the tensors.
         return self.spec is not None or _tensors(layer) == self._tensors
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Every parameter that the spec's slots hold, in the same order each time. Runs before every call."""
+        return [parameter for part in self._holders for parameter in part._parameters.values()]
+
+    def norm(self, slot: str) -> Norm | None:
+        """The numbers of a norm as they are now; None if it has to be called as it is."""
+        kind = self._norm_kinds[slot]
+        return None if kind is None else read_norm(self.norms[slot], kind)
 
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""

@@ -5,23 +5,29 @@ A call that the fused program cannot do exactly goes to the original `forward`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..eligibility import has_foreign_hooks, lookup
+from ..eligibility import has_foreign_hooks
 from ..packing import NotAPaddingMask, PackedBatch
+from ..parts import lookup
 from ..spec import Adapter
 from . import traced
 from .arguments import first_parameter, read_arguments
+from .attention import KINDS
 from .binding import Binding
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
 from .joined import separate
 from .program import run_layer
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
-from .weights import Projections
+from .weights import Projections, joinable
 from .whole import input_of, run_whole
+
+Run = Callable[[PackedBatch, torch.Tensor], torch.Tensor]  # one layer on packed tokens: [T, D] -> [T, D]
 
 
 class LayerState:
@@ -40,6 +46,8 @@ class LayerState:
         self._forget()
 
     def _forget(self) -> None:
+        kind = KINDS[self.adapter.attention]
+        self.understood = kind.reads.union(self.adapter.ignores, [self.adapter.offsets] if self.adapter.offsets else [])
         self.binding: Binding | None = None
         self.projections: Projections | None = None
         self.fast_calls = 0
@@ -60,10 +68,10 @@ class LayerState:
         if not self.joined:
             return
         for names in self.adapter.names:
-            linears = [lookup(layer, path) for path in (names.query, names.key, names.value)]
-            for name in ("weight", "bias"):
-                parameters = [getattr(linear, name, None) for linear in linears]
-                separate([parameter for parameter in parameters if isinstance(parameter, nn.Parameter)])
+            for linears in joinable(layer, names):
+                for name in ("weight", "bias"):
+                    parameters = [getattr(linear, name, None) for linear in linears]
+                    separate([parameter for parameter in parameters if isinstance(parameter, nn.Parameter)])
 
     def reads_padding(self, layer: nn.Module) -> bool:
         """Whether code behind the layers reads the hidden states at padding (`spec.Adapter.padding_is_read`)."""
@@ -116,26 +124,28 @@ class FastLayer(nn.Module):
         adapter = state.adapter
         others = read_arguments(type(self).original_class, args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
-        refuse_arguments(others)
+        refuse_arguments(others, state.understood)
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
-        refuse_hidden(hidden)
+        refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))
         refuse_mode(self, hidden)
         binding, projections = state.ready(self)
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
+        run = partial(run_layer, binding, projections, layer=self, arguments=others)
+        if adapter.offsets:
+            return self._run_packed_by_owner(run, adapter, call, hidden, others)
         if hidden.is_nested:
-            return self._run_nested(binding, projections, hidden, mask)
+            return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
-            return self._run_carried(binding, projections, call)
+            return self._run_carried(run, adapter, call)
         if mask is None and others.get("cu_seq_lens_q") is not None:
-            return self._run_already_packed(binding, projections, hidden, others)
-        return self._run_padded(binding, projections, call, hidden, mask)
+            return self._run_already_packed(run, adapter, call, hidden, others)
+        return self._run_padded(run, binding, call, hidden, mask)
 
-    def _run_padded(
-        self, binding: Binding, projections: Projections, call: StackCall | None, hidden: torch.Tensor, mask: Any
-    ) -> Any:
-        if binding.spec.adapter.time_major:
+    def _run_padded(self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
+        adapter = binding.spec.adapter
+        if adapter.time_major:
             hidden = hidden.transpose(0, 1)
         known = call.batch if call is not None and call.mask is mask else None
         if known is not None and (known.batch, known.seqlen) == hidden.shape[:2]:
@@ -153,18 +163,17 @@ class FastLayer(nn.Module):
                 call.whole_output = run_whole(stack.graphs, call, batch, hidden)
                 if call.whole_output is not None:
                     call.whole_input = hidden
-                    return self._pass_on(binding.spec.adapter, call)
-        values = run_layer(binding, projections, batch, batch.take(hidden))
-        return self._hand_over(binding, call, batch, values)
+                    return self._pass_on(adapter, call)
+        values = run(batch, batch.take(hidden))
+        return self._hand_over(adapter, call, batch, values)
 
-    def _run_carried(self, binding: Binding, projections: Projections, call: StackCall) -> Any:
-        batch, carried = call.batch, call.carried
+    def _run_carried(self, run: Run, adapter: Adapter, call: StackCall) -> Any:
+        values = run(call.batch, call.carried[0])  # if it delegates instead, the tokens are still there
         call.carried = None
-        return self._hand_over(binding, call, batch, run_layer(binding, projections, batch, carried[0]))
+        return self._hand_over(adapter, call, call.batch, values)
 
-    def _hand_over(self, binding: Binding, call: StackCall | None, batch: PackedBatch, values: torch.Tensor) -> Any:
+    def _hand_over(self, adapter: Adapter, call: StackCall | None, batch: PackedBatch, values: torch.Tensor) -> Any:
         """To the next fast layer as packed `[1, T, D]`, to anybody else as padded `[B, S, D]`."""
-        adapter = binding.spec.adapter
         if call is not None and call.advance(self) and call.may_carry and isinstance(call.next_layer(), FastLayer):
             call.carried = values.unsqueeze(0)
             return _as_original(adapter, call.carried)
@@ -180,21 +189,37 @@ class FastLayer(nn.Module):
         call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
         return _as_original(adapter, call.carried)
 
-    def _run_nested(self, binding: Binding, projections: Projections, hidden: torch.Tensor, mask: Any) -> Any:
+    def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:
         if mask is not None or hidden.layout is not torch.jagged:
             raise Delegated("a nested tensor with a mask, or one that is not jagged")
         batch = PackedBatch.from_nested(hidden)
-        values = run_layer(binding, projections, batch, batch.values)
-        return _as_original(binding.spec.adapter, batch.nested_like(hidden, values))
+        return _as_original(adapter, batch.nested_like(hidden, run(batch, batch.values)))
 
     def _run_already_packed(
-        self, binding: Binding, projections: Projections, hidden: torch.Tensor, others: dict[str, Any]
+        self, run: Run, adapter: Adapter, call: StackCall | None, hidden: torch.Tensor, others: dict[str, Any]
     ) -> Any:
-        if hidden.shape[0] != 1 or binding.spec.adapter.time_major:
+        if hidden.shape[0] != 1 or adapter.time_major:
             raise Delegated("cu_seq_lens_q is given and the hidden states are not [1, T, D]")
-        batch = PackedBatch.from_offsets(hidden[0], others["cu_seq_lens_q"], others.get("max_length_q"))
-        values = run_layer(binding, projections, batch, batch.values)
-        return _as_original(binding.spec.adapter, values.unsqueeze(0))
+        offsets, longest = others["cu_seq_lens_q"], others.get("max_length_q")
+        if call is not None:
+            batch = call.packed_batch(hidden[0], offsets, longest)
+            call.advance(self)
+        else:
+            batch = PackedBatch.from_offsets(hidden[0], offsets, longest)
+        return _as_original(adapter, run(batch, hidden[0]).unsqueeze(0))
+
+    def _run_packed_by_owner(
+        self, run: Run, adapter: Adapter, call: StackCall | None, hidden: torch.Tensor, others: dict[str, Any]
+    ) -> Any:
+        """Vision blocks that take `[T, D]`, or `[1, T, D]`, and the cumulative lengths of the images or windows."""
+        offsets = others[adapter.offsets]
+        if not isinstance(offsets, torch.Tensor) or (hidden.dim() == 3 and hidden.shape[0] != 1):
+            raise Delegated(f"{adapter.offsets} is not given, or the hidden states are not [T, D]")
+        values = hidden if hidden.dim() == 2 else hidden[0]
+        batch = call.packed_batch(values, offsets) if call is not None else PackedBatch.from_offsets(values, offsets)
+        if call is not None:
+            call.advance(self)
+        return _as_original(adapter, run(batch, values).view(hidden.shape))
 
     def _forward_original(self, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         """The original forward, on padded hidden states even if they arrive packed."""

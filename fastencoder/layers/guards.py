@@ -33,11 +33,11 @@ class Delegated(Exception):
     """This call runs the original forward; the message says why."""
 
 
-def refuse_hidden(hidden: Any) -> None:
+def refuse_hidden(hidden: Any, dimensions: tuple[int, ...] = (3,)) -> None:
     """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
     if not isinstance(hidden, torch.Tensor):
         raise Delegated("the hidden states are not a tensor")
-    if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() != 3):
+    if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() not in dimensions):
         raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
 
 
@@ -60,10 +60,10 @@ def refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
         raise Delegated(f"{names} are recorded inside the layer")
 
 
-def refuse_arguments(others: dict[str, Any]) -> None:
-    """Raises Delegated if an argument besides hidden states and mask asks for anything."""
+def refuse_arguments(others: dict[str, Any], understood: frozenset[str]) -> None:
+    """Raises Delegated if an argument besides hidden states and mask asks for anything that is not `understood`."""
     for name, value in others.items():
-        if value is None or value is False or name in WITHOUT_EFFECT:
+        if value is None or value is False or name in WITHOUT_EFFECT or name in understood:
             continue
         raise Delegated(f"the argument {name} is given")
 

@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from ..kernels import add_norm, varlen_attention
+import torch
+from torch import nn
+
 from ..packing import PackedBatch
 from ..spec import LayerSpec
+from .attention import KINDS, LayerCall
 from .binding import Binding
-from .weights import Projection, Projections
+from .projection import Projection
+from .weights import Projections
 
 
-def run_layer(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype."""
+def run_layer(
+    binding: Binding,
+    projections: Projections,
+    batch: PackedBatch,
+    x: torch.Tensor,
+    layer: nn.Module | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype.
+
+    `layer` and `arguments`, the call's own by name, are there for the kinds of attention that need them.
+    """
     spec = binding.spec
+    call = LayerCall(binding, projections, batch, layer, arguments or {})
     program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     working_dtype = projections.working_dtype(x.shape[0])
-    return clamp(program(binding, projections, batch, x.to(working_dtype)).to(x.dtype), spec)
+    return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
 
 
-def _post_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    mixed = _attention(binding, projections, batch, x)
-    x, _ = _project_add_norm(projections, projections.out, mixed, x, binding.norm1, keep_sum=False)
-    inner = _up(binding, projections, x)
-    x, _ = _project_add_norm(projections, projections.down, inner, x, binding.norm2, keep_sum=False)
+def _post_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    mixed = _attention(call, x)
+    x, _ = _project_add_norm(call, call.projections.out, mixed, x, "norm1", keep_sum=False)
+    if call.binding.feed_forward is not None:
+        x, _ = call.norm("norm2", _whole_feed_forward(call, x), x, keep_sum=False)
+        return x
+    x, _ = _project_add_norm(call, call.projections.down, _inner(call, x), x, "norm2", keep_sum=False)
     return x
 
 
-def _pre_ln(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    scale1, scale2 = binding.layer_scales()
-    normed, _ = _norm(binding.norm1, x)
-    mixed = _attention(binding, projections, batch, normed)
-    normed, x = _project_add_norm(projections, projections.out, mixed, x, binding.norm2, scale1)
-    inner = _up(binding, projections, normed)
-    return projections.down(inner, residual=x, scale=scale2)
+def _pre_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    projections = call.projections
+    scale1, scale2 = call.binding.layer_scales()
+    normed, _ = call.norm("norm1", x)
+    mixed = _attention(call, normed)
+    if "output_norm1" in call.binding.norms:
+        added, _ = call.norm("output_norm1", projections.out(mixed))
+        normed, x = call.norm("norm2", added, x, scale1)
+    else:
+        normed, x = _project_add_norm(call, projections.out, mixed, x, "norm2", scale1)
+    if call.binding.feed_forward is None and "output_norm2" not in call.binding.norms:
+        return projections.down(_inner(call, normed), residual=x, scale=scale2)
+    if call.binding.feed_forward is not None:
+        added = _whole_feed_forward(call, normed)
+    else:
+        added = projections.down(_inner(call, normed))
+    if "output_norm2" in call.binding.norms:
+        added, _ = call.norm("output_norm2", added)
+    return x + added if scale2 is None else torch.addcmul(x, added, scale2.to(x.dtype))
 
 
-def _attention(binding: Binding, projections: Projections, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+def _attention(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     """Attention up to, not including, its output projection: `[T, D]` -> `[T, H * d]`."""
-    q, k, v = projections.qkv(x)
-    tiles = batch.tiles(binding.spec.head_dim, x.dtype)
-    return varlen_attention(q, k, v, batch.offsets, batch.max_seqlen, binding.scale, tiles=tiles).flatten(1)
+    mixed = KINDS[call.spec.adapter.attention].attend(call, x)
+    if "mixed_norm" in call.binding.norms:
+        mixed, _ = call.norm("mixed_norm", mixed)
+    return mixed
 
 
-def _up(binding: Binding, projections: Projections, x: torch.Tensor) -> torch.Tensor:
-    """The first half of the feed-forward block: `[T, D]` -> `[T, F]`."""
-    if binding.spec.activation == "module":
-        return binding.activation(projections.up(x))
-    return projections.up(x, activation=binding.spec.activation)
+def _inner(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    """The feed-forward block up to, not including, its last projection: `[T, D]` -> `[T, F]`."""
+    inner = call.projections.inner(x)
+    if "inner_norm" in call.binding.norms:
+        inner, _ = call.norm("inner_norm", inner)
+    return inner
+
+
+def _whole_feed_forward(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    """A feed-forward block that is one module of the model's own: `[T, D]` -> `[T, D]`."""
+    weights_dtype = call.projections.dtype
+    return call.binding.feed_forward(x.to(weights_dtype).unsqueeze(0))[0].to(x.dtype)
 
 
 def _project_add_norm(
-    projections: Projections,
+    call: LayerCall,
     projection: Projection,
     x: torch.Tensor,
     residual: torch.Tensor,
-    norm: torch.nn.LayerNorm,
+    norm: str,
     scale: torch.Tensor | None = None,
     keep_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sum = residual + scale * projection(x)`; returns `norm(sum)` and, if it is kept, `sum`."""
-    if projections.fuses_residual and scale is None:
-        return _norm(norm, projection(x, residual=residual))
+    if call.projections.fuses_residual and scale is None:
+        return call.norm(norm, projection(x, residual=residual))
     sums, bias = projection.sums(x)
-    return _norm(norm, sums, residual, scale, bias, keep_sum)
-
-
-def _norm(
-    norm: torch.nn.LayerNorm,
-    x: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    x_bias: torch.Tensor | None = None,
-    keep_sum: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, bias = norm.weight, norm.bias
-    if weight.dtype != x.dtype and x.dim() == 2:  # the working dtype is not the weights' (partial sums are float32 anyway)
-        weight, bias, scale = (None if vector is None else vector.to(x.dtype) for vector in (weight, bias, scale))
-    return add_norm(x, residual, weight, bias, norm.eps, scale, x_bias=x_bias, keep_sum=keep_sum)
+    return call.norm(norm, sums, residual, scale, bias, keep_sum)
 
 
 def clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:

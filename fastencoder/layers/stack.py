@@ -11,7 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ class StackCall:
         mask: the very mask object that `batch` was read from.
         carried: the packed tensor that the last layer returned, while the tokens are packed.
         may_carry: whether tokens may travel packed in this call; None until the first layer has looked.
+        packed: the batches that the owner packed itself, by the very offsets that it gave the layers.
         whole_input, whole_output: padded hidden states before the first and after the last layer, where all layers have run
             at once.
     """
@@ -44,8 +45,18 @@ class StackCall:
     mask: torch.Tensor | None = None
     carried: torch.Tensor | None = None
     may_carry: bool | None = None
+    packed: list[tuple[torch.Tensor, PackedBatch]] = field(default_factory=list)
     whole_input: torch.Tensor | None = None
     whole_output: torch.Tensor | None = None
+
+    def packed_batch(self, values: torch.Tensor, offsets: torch.Tensor, longest: int | None = None) -> PackedBatch:
+        """The batch of `values` `[T, D]` that the owner packed: read once for all layers that are given the same offsets."""
+        for known, batch in self.packed:
+            if known is offsets and batch.values.shape[0] == values.shape[0]:
+                return batch
+        batch = PackedBatch.from_offsets(values, offsets, longest)
+        self.packed.append((offsets, batch))
+        return batch
 
     def advance(self, layer: nn.Module) -> bool:
         """Counts `layer` as run. False, and nothing counted, if it is another one's turn."""

@@ -24,9 +24,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 from .. import kernels
-from ..eligibility import CAPTURE_MODULE, inspect_layer, lookup
+from ..eligibility import CAPTURE_MODULE, inspect_layer
 from ..kernels._dispatch import register
 from ..packing import NotAPaddingMask, PackedBatch
+from ..parts import lookup
 from ..spec import Adapter, LayerSpec
 from .arguments import parameter_names
 from .guards import RECORDED_OUTSIDE, WITHOUT_EFFECT
@@ -172,7 +173,7 @@ def _is_readable(layer: nn.Module, spec: LayerSpec, hidden: torch.Tensor, mask: 
     """Whether `padding_geometry` understands the form of a mask. Its values are not known here."""
     adapter = layer._fastencoder.adapter
     if mask is None:
-        return not _is_causal_without_mask(lookup(layer, spec.names.query.rpartition(".")[0]))
+        return not _is_causal_without_mask(lookup(layer, spec.names.attention))
     if layer._fastencoder.reads_padding(layer) or not isinstance(mask, torch.Tensor) or type(mask) not in _PLAIN:
         return False
     batch, seqlen = (hidden.shape[1], hidden.shape[0]) if adapter.time_major else hidden.shape[:2]
@@ -265,7 +266,7 @@ def _linear(layer: nn.Module, path: str, x: torch.Tensor, activation: str = "ide
 
 
 def _implementation(layer: nn.Module, adapter: Adapter) -> str | None:
-    attention = lookup(layer, adapter.names[0].query.rpartition(".")[0])
+    attention = lookup(layer, adapter.names[0].attention)
     return getattr(getattr(attention, "config", None), "_attn_implementation", None)
 
 
@@ -275,8 +276,13 @@ def _spec(layer: nn.Module, implementation: str | None) -> LayerSpec | None:
     sake of guards: by `_any_touched`, and which attention function the layer would call."""
     state = layer._fastencoder
     if state.binding is not None and state.binding.holds(layer):
-        return state.binding.spec
-    return inspect_layer(layer, type(layer).original_class, state.adapter).spec
+        spec = state.binding.spec
+    else:
+        spec = inspect_layer(layer, type(layer).original_class, state.adapter).spec
+    if spec is None or not spec.is_basic:
+        return None
+    norms = [lookup(layer, path) for path in (spec.names.norm1, spec.names.norm2)]
+    return spec if all(type(norm) is nn.LayerNorm for norm in norms) else None
 
 
 @constant_in_graphs

@@ -1,73 +1,85 @@
-"""The six projections of a layer in the form in which they are multiplied, rebuilt when the parameters change.
+"""The projections of a layer in the form in which they are multiplied, rebuilt when the parameters change.
 
 On the CPU oneDNN keeps a copy of each weight in its own layout (queries, keys and values as one), which is the only memory
-that a conversion costs. On CUDA the parameters of queries, keys and values move into one storage, where they are one weight.
-Anywhere else the model's own parameters are used as they are.
+that a conversion costs. On CUDA the parameters of queries, keys and values move into one storage, where they are one weight,
+and so do the two halves of a gated feed-forward block. Anywhere else the model's own parameters are used as they are. A slot
+that holds something else than a weight and a bias is called as it is.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .. import kernels
-from ..kernels._dispatch import device_kind, on_gpu
+from ..kernels._dispatch import on_gpu
 from ..kernels.linear import cpu as linear_cpu
-from ..spec import LayerSpec
+from ..parts import linear_at
+from ..spec import LayerSpec, NameMap
 from .binding import Binding
 from .joined import joined
+from .projection import Opaque, Plain, Prepacked, Projection
 
+Layout = Literal["prepacked", "joined", "plain"]
 _QKV = ("query", "key", "value")
+_GATED = ("gate", "up")
 _PROBED = 64  # elements of a weight that are compared before each call
-
-
-class Projection(Protocol):
-    """`scale * activation(x @ weight.T + bias) + residual`: `[T, K]` -> `[T, N]`, in the dtype of `x`."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        activation: str = "identity",
-        residual: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-
-    def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 class Projections:
     """Applies a layer's projections to packed tokens `[T, *]`.
 
-    `up`, `out` and `down` are functions `(x, activation="identity", residual=None, scale=None) -> [T, N]`; `qkv(x)` returns
-    three views `[T, H, d]`. `fuses_residual` says whether a residual costs nothing there.
+    `slots` has a `projection.Projection` for each linear slot, `out` and `down` are two of them; `qkv(x)` returns queries `[T, H, d]`, keys and values `[T, Hk, d]`, and
+    `inner(x, activation)` what goes into `down`, `[T, F]`. `fuses_residual` says whether a residual costs nothing there.
     """
 
     def __init__(self, binding: Binding) -> None:
-        spec = binding.spec
-        self._heads = (spec.num_heads, spec.head_dim)
-        weights = {slot: linear.weight for slot, linear in binding.linears.items()}
-        self.dtype, self.device = weights["query"].dtype, weights["query"].device
+        self.spec = spec = binding.spec
+        plain = _plain(binding)
+        first = next(iter(plain.values())).weight if plain else next(iter(binding.norms.values())).weight
+        self.dtype, self.device = first.dtype, first.device
         self.layout = _layout(binding)
         self.fuses_residual = self.layout == "prepacked"
-        self._qkv_biases = _qkv_biases(binding.linears)
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        qkv = [weights[slot] for slot in _QKV]
         if self.layout == "prepacked":
-            self._probes = [_probe(weight) for weight in weights.values()]
-            self._qkv_weight = linear_cpu.prepack(torch.cat([weight.detach() for weight in qkv]))
-        elif self.layout == "joined":
-            self._qkv_weight = joined(qkv)
-            self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
-        make = _Prepacked if self.layout == "prepacked" else _Plain
-        self.query, self.key, self.value = (_Plain(binding.linears[slot]) for slot in _QKV)
-        self.out, self.up, self.down = (make(binding.linears[slot]) for slot in ("out", "up", "down"))
+            self._probes = [_probe(linear.weight) for linear in plain.values()]
+        self._activation = binding.activation
+        self.slots = {slot: self._projection(slot, part) for slot, part in binding.linears.items()}
+        self.out = self.slots["out"]
+        self.down = self.slots.get("down")
+        self._separate_qkv = "qkv" not in binding.linears
+        self._fused_qkv = self._separate_qkv and not spec.opaque.intersection(_QKV)
+        if self._fused_qkv:
+            self._fuse_qkv([binding.linears[slot] for slot in _QKV])
+        self._joined_gate = None
+        if self.layout == "joined" and "gate" in binding.linears and not spec.opaque.intersection(_GATED):
+            self._join_gate([binding.linears[slot] for slot in _GATED])
         self._fingerprint = _fingerprint(binding)
+
+    def _projection(self, slot: str, part: Any) -> Projection:
+        if slot in self.spec.opaque:
+            return Opaque(part)
+        fused_anyway = slot in _QKV and not self.spec.opaque.intersection(_QKV)
+        return Prepacked(part) if self.layout == "prepacked" and not fused_anyway else Plain(part)
+
+    def _fuse_qkv(self, linears: list[Any]) -> None:
+        weights = [linear.weight for linear in linears]
+        self._qkv_biases = _biases(linears)
+        if self.layout == "prepacked":
+            self._qkv_weight = linear_cpu.prepack(torch.cat([weight.detach() for weight in weights]))
+        elif self.layout == "joined":
+            self._qkv_weight = joined(weights)
+            self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
+
+    def _join_gate(self, linears: list[Any]) -> None:
+        biases = _biases(linears)
+        self._joined_gate = (joined([linear.weight for linear in linears]), None if biases is None else joined(biases))
 
     def working_dtype(self, tokens: int) -> torch.dtype:
         """The dtype to compute in: that of the weights, or float32 where the processor is faster in it."""
-        if self.device.type == "cpu" and linear_cpu.float32_is_faster(self.dtype, tokens):
+        if self.device.type == "cpu" and not self.spec.opaque and linear_cpu.float32_is_faster(self.dtype, tokens):
             return torch.float32
         return self.dtype
 
@@ -80,66 +92,52 @@ class Projections:
         )
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[T, D]` -> queries, keys and values, each `[T, H, d]` (views of one buffer, except in the plain layout)."""
+        """`[T, D]` -> queries `[T, H, d]`, keys and values `[T, Hk, d]`: views of one buffer where they are one product."""
+        if not self._separate_qkv:
+            return self._split(self.slots["qkv"](x))
+        if not self._fused_qkv:
+            return self._heads_of(*(self.slots[slot](x) for slot in _QKV))
         if self.layout == "joined":
-            fused = kernels.linear(x, self._qkv_weight, self._qkv_bias)
-            return fused.view(-1, 3, *self._heads).unbind(1)
-        projections = (self.query, self.key, self.value)
+            return self._split(kernels.linear(x, self._qkv_weight, self._qkv_bias))
         if self.device.type != "cpu":
-            return tuple(projection(x).view(-1, *self._heads) for projection in projections)
+            return self._heads_of(*(self.slots[slot](x) for slot in _QKV))
         bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach().to(x.dtype)
         if self.layout == "prepacked" and x.dtype == self.dtype:
             fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
         else:
-            weight = torch.cat([projection.linear.weight for projection in projections])
+            weight = torch.cat([self.slots[slot].linear.weight for slot in _QKV])
             fused = linear_cpu.linear(x, weight.to(x.dtype), bias)
-        return fused.view(-1, 3, *self._heads).unbind(1)
+        return self._split(fused)
 
+    def _split(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        spec = self.spec
+        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if heads == kv_heads:
+            shape, axis = ((heads, 3, dim), 2) if spec.adapter.qkv_order == "heads" else ((3, heads, dim), 1)
+            return fused.view(-1, *shape).unbind(axis)
+        return self._heads_of(*fused.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1))
 
-class _Plain:
-    """The module's own weight, cast where the working dtype is another."""
+    def _heads_of(self, *flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (x.unflatten(1, (-1, self.spec.head_dim)) for x in flat)
+        return q, k, v
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        activation: str = "identity",
-        residual: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        if weight.dtype != x.dtype:
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return kernels.linear(x, weight, bias, activation, residual, scale=scale)
-
-    def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """For `add_norm`: the product `[T, N]`, or its partial sums `[P, T, N]` and the bias that is still to be added. Few
-        tokens leave most of a GPU idle unless the sum over K is divided."""
-        weight = self.linear.weight
-        if device_kind(x) == "cuda" and kernels.partial_splits(x.shape[0], *weight.shape, x.dtype, x.device) > 1:
-            return kernels.linear_partial(x, weight), self.linear.bias
-        return self(x), None
-
-
-class _Prepacked(_Plain):
-    """A copy of the weight in oneDNN's layout; the bias stays the module's own."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self._weight = linear_cpu.prepack(linear.weight)
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        activation: str = "identity",
-        residual: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if x.dtype != self.linear.weight.dtype:
-            return super().__call__(x, activation, residual, scale)
-        return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual, scale=scale)
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """The feed-forward block up to `down`: `[T, D]` -> `[T, F]`."""
+        name = self.spec.activation
+        fused = "identity" if name == "module" else name
+        if self._joined_gate is not None and name != "module":
+            return kernels.linear(x, *self._joined_gate, activation=fused, gated=True)
+        if "gate" in self.slots:
+            activated = self.slots["gate"](x, activation=fused)
+            activated = self._activation(activated) if name == "module" else activated
+            return activated.mul_(self.slots["up"](x))
+        order = self.spec.adapter.gated_up
+        if order:
+            halves = self.slots["up"](x).chunk(2, dim=1)
+            first, second = halves if order == "first" else reversed(halves)
+            return (self._activation(first) if name == "module" else kernels.ACTIVATIONS[name](first)) * second
+        inner = self.slots["up"](x, activation=fused)
+        return self._activation(inner) if name == "module" else inner
 
 
 def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
@@ -147,11 +145,27 @@ def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
     return spec.linear_bytes if _may_prepack(weight) else 0
 
 
-def _layout(binding: Binding) -> Literal["prepacked", "joined", "plain"]:
+def joinable(layer: nn.Module, names: NameMap) -> list[list[Any]]:
+    """The groups of linears of a layer whose parameters may have been moved into one storage."""
+    groups = (_QKV, _GATED)
+    return [
+        [linear_at(layer, getattr(names, slot)) for slot in group]
+        for group in groups
+        if all(getattr(names, slot) for slot in group)
+    ]
+
+
+def _plain(binding: Binding) -> dict[str, Any]:
+    return {slot: part for slot, part in binding.linears.items() if slot not in binding.spec.opaque}
+
+
+def _layout(binding: Binding) -> Layout:
     """How the weights of a layer are kept, for the device that it runs on."""
-    weights = [linear.weight for linear in binding.linears.values()]
+    weights = [part.weight for part in _plain(binding).values()]
+    if not weights:
+        return "plain"
     if on_gpu(weights[0].device):
-        own = len({id(binding.linears[slot].weight) for slot in _QKV}) == len(_QKV)  # not tied to one another
+        own = len({id(weight) for weight in weights}) == len(weights)  # not tied to one another
         return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"
 
@@ -161,15 +175,14 @@ def _may_prepack(weight: torch.Tensor) -> bool:
     return linear_cpu.can_prepack(weight) and not weight.is_inference()
 
 
-def _qkv_biases(linears: dict[str, nn.Linear]) -> list[nn.Parameter] | None:
-    """The biases of queries, keys and values; some models have none for keys, and zeros stand for it."""
-    modules = [linears[slot] for slot in _QKV]
-    if all(module.bias is None for module in modules):
+def _biases(linears: list[Any]) -> list[nn.Parameter] | None:
+    """The biases of linears that are one product; some models have none for keys, and zeros stand for it."""
+    if all(linear.bias is None for linear in linears):
         return None
     with torch.inference_mode(False):
         return [
-            nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=False) if module.bias is None else module.bias
-            for module in modules
+            nn.Parameter(torch.zeros_like(linear.weight[:, 0]), requires_grad=False) if linear.bias is None else linear.bias
+            for linear in linears
         ]
 
 
@@ -186,8 +199,7 @@ def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fingerprint(binding: Binding) -> list[tuple[int, int, torch.dtype] | None]:
     """Changes whenever a parameter is replaced, moved, cast or written to. Runs before every call: keep it short."""
-    modules = (*binding.linears.values(), binding.norm1, binding.norm2)
-    parameters = [parameter for module in modules for parameter in module._parameters.values()]
+    parameters = binding.parameters()
     try:
         return [None if p is None else (p.data_ptr(), p._version, p.dtype) for p in parameters]
     except RuntimeError:  # tensors made in inference mode have no version

@@ -1,0 +1,20 @@
+"""Kinds of attention: what each family does between the projections of queries, keys and values and that of the output.
+
+One short file a kind. A kind may read arguments of the layer's call (position embeddings, say), and whatever it makes of them
+it keeps with the batch, so that the next layer finds it.
+"""
+
+from __future__ import annotations
+
+from .call import LayerCall
+from .kind import AttentionKind
+from .rope import Rope
+
+# By the name that adapters give.
+KINDS: dict[str, AttentionKind] = {
+    "plain": AttentionKind(),
+    "rope": Rope(interleaved=False),
+    "rope-interleaved": Rope(interleaved=True),
+}
+
+__all__ = ["KINDS", "AttentionKind", "LayerCall"]

@@ -1,0 +1,54 @@
+"""Plain attention, and what the other kinds change in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...kernels import varlen_attention
+from .call import LayerCall
+
+
+class AttentionKind:
+    """Softmax attention inside each sequence. Other kinds override `features`, or all of `attend`.
+
+    Attributes:
+        reads: the arguments of a layer's `forward` that this kind gives a meaning to. Any other argument that is given
+            delegates the call to the original forward.
+    """
+
+    reads: frozenset[str] = frozenset()
+
+    def features(self, call: LayerCall) -> dict[str, Any]:
+        """Keyword arguments of `kernels.varlen_attention` for this call. May raise Delegated."""
+        return {}
+
+    def attend(self, call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+        """Attention up to, not including, its output projection: `[T, D]` -> `[T, H * d]`."""
+        q, k, v = self.queries_keys_values(call, x)
+        batch, spec = call.batch, call.spec
+        tiles = batch.tiles(spec.head_dim, x.dtype)
+        features = self.features(call)
+        return varlen_attention(
+            q, k, v, batch.offsets, batch.max_seqlen, call.binding.scale, tiles=tiles, **features
+        ).flatten(1)
+
+    def queries_keys_values(
+        self, call: LayerCall, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[T, D]` -> `[T, H, d]` and twice `[T, Hk, d]`, with the norms of queries and keys."""
+        q, k, v = call.projections.qkv(x)
+        norms = call.binding.norms
+        if "query_norm" in norms:
+            q = _normed(call, "query_norm", q)
+        if "key_norm" in norms:
+            k = _normed(call, "key_norm", k)
+        return q, k, v
+
+
+def _normed(call: LayerCall, slot: str, x: torch.Tensor) -> torch.Tensor:
+    """Queries or keys `[T, H, d]`, normalised over each head or over all of them, as wide as the norm's weight is."""
+    width = call.binding.norms[slot].weight.shape[0]
+    normed, _ = call.norm(slot, x.reshape(-1, width))
+    return normed.view(x.shape)

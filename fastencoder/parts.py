@@ -1,0 +1,111 @@
+"""The linear slots of a live layer: plain ones, whose weights are free to be fused, and opaque ones, called as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .spec import LINEAR_SLOTS, NameMap
+
+# Packages whose replacements of nn.Linear work on each token by itself.
+_TOKEN_WISE_PACKAGES = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "torch.nn.quantized.", "optimum.quanto.")
+
+
+class ParameterPair:
+    """A weight `[N, K]` and a bias `[N]` that a module keeps as parameters of its own, as `nn.MultiheadAttention` does."""
+
+    def __init__(self, owner: nn.Module, weight_name: str) -> None:
+        self.owner = owner
+        self.weight_name = weight_name
+        self.bias_name = weight_name.removesuffix("weight") + "bias"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return getattr(self.owner, self.weight_name)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.owner, self.bias_name, None)
+
+
+def lookup(layer: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    found: Any = layer
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+def linear_at(layer: nn.Module, path: str) -> Any:
+    """What is in a linear slot: a module, or a pair of parameters."""
+    owner, _, name = path.rpartition(".")
+    if name.endswith("weight"):
+        return ParameterPair(lookup(layer, owner) if owner else layer, name)
+    return lookup(layer, path)
+
+
+def is_plain(part: Any) -> bool:
+    """Whether a slot holds nothing but a weight and a bias."""
+    if isinstance(part, ParameterPair):
+        return True
+    # A subclass of Parameter (torchao's) has a matrix product of its own.
+    return type(part) is nn.Linear and type(part.weight) in (nn.Parameter, *_tracing_types())
+
+
+def _tracing_types() -> tuple[type, ...]:
+    if not torch.compiler.is_compiling():
+        return ()
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return (torch.Tensor, FakeTensor)  # in an export they stand for parameters
+
+
+def examine_linears(layer: nn.Module, names: NameMap) -> tuple[frozenset[str], list[str]]:
+    """The opaque slots of a layer, and what is wrong with its linear slots."""
+    opaque, reasons = set(), []
+    for slot, path in names.given(LINEAR_SLOTS).items():
+        part = linear_at(layer, path)
+        if is_plain(part):
+            continue
+        cls = type(part)
+        what = f"{path} is a {cls.__module__}.{cls.__qualname__}"
+        if not isinstance(part, nn.Module):
+            reasons.append(f"{what}, not a module")
+        elif not (_is_known_adapter(part) or _token_wise(part)):
+            reasons.append(
+                f"{what}, which does not treat each token by itself (it was tried out); merge or remove it, or put an "
+                "nn.Linear there"
+            )
+        else:
+            opaque.add(slot)
+    return frozenset(opaque), reasons
+
+
+def _is_known_adapter(part: nn.Module) -> bool:
+    return type(part) is nn.Linear or f"{type(part).__module__}.".startswith(_TOKEN_WISE_PACKAGES)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _token_wise(module: nn.Module) -> bool:
+    """Whether somebody's module gives each token the same answer, whatever its neighbours are and however they are shaped."""
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    width = next((m.in_features for m in module.modules() if isinstance(getattr(m, "in_features", None), int)), None)
+    if not isinstance(width, int) or tensor is None or tensor.device.type == "meta" or module.training:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, width, generator=generator).to(device=tensor.device, dtype=tensor.dtype)
+    try:
+        together = module(x)
+        packed = module(x.reshape(1, 6, width).flip(1)).flip(1)
+        alone = module(x[1:, 2:])
+    except Exception:  # whatever it is, it cannot be called like a linear
+        return False
+    if together.shape[:2] != (2, 3) or packed.shape[:2] != (1, 6):
+        return False
+    close = {"rtol": 1e-2, "atol": 1e-3} if tensor.dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-5}
+    return torch.allclose(together.flatten(0, 1), packed[0], **close) and torch.allclose(together[1:, 2:], alone, **close)
