@@ -31,8 +31,9 @@ _PROBED = 64  # elements of a weight that are compared before each call
 class Projections:
     """Applies a layer's projections to packed tokens `[T, *]`.
 
-    `slots` has a `projection.Projection` for each linear slot, `out` and `down` are two of them; `qkv(x)` returns queries `[T, H, d]`, keys and values `[T, Hk, d]`, and
-    `inner(x, activation)` what goes into `down`, `[T, F]`. `fuses_residual` says whether a residual costs nothing there.
+    `slots` has a `projection.Projection` for each linear slot that is given; `out` and `down` are two of them. `qkv(x)` returns
+    queries `[T, H, d]`, keys and values `[T, Hk, d]`, and `inner(x)` what goes into `down`, `[T, F]`. `fuses_residual` says
+    whether a residual costs nothing there.
     """
 
     def __init__(self, binding: Binding) -> None:
