@@ -34,10 +34,14 @@ class Features(NamedTuple):
         return self.softcap is not None or self.relative_bias is not None or self.bias is not None
 
     @property
+    def masks(self) -> bool:
+        """Whether there is more than a product of rotated queries and keys: a window, or something done to the scores."""
+        return self.left != UNLIMITED or self.right != UNLIMITED or self.adjusts_scores
+
+    @property
     def any(self) -> bool:
         """Whether this is not plain attention."""
-        windowed = self.left != UNLIMITED or self.right != UNLIMITED
-        return windowed or self.cos is not None or self.adjusts_scores
+        return self.cos is not None or self.masks
 
 
 PLAIN = Features()
@@ -50,14 +54,21 @@ def rotate(x: torch.Tensor, features: Features, dtype: torch.dtype) -> torch.Ten
         return x
     cos, sin = (table.to(dtype)[:, None] for table in (features.cos, features.sin))  # [T, 1, r / 2]
     half = cos.shape[-1]
-    rotated = x[..., : 2 * half].to(dtype)
-    if features.interleaved:
-        first, second = rotated[..., ::2], rotated[..., 1::2]
-    else:
-        first, second = rotated[..., :half], rotated[..., half:]
-    pairs = (first * cos - second * sin, second * cos + first * sin)
-    rotated = torch.stack(pairs, dim=-1).flatten(-2) if features.interleaved else torch.cat(pairs, dim=-1)
-    return torch.cat((rotated.to(x.dtype), x[..., 2 * half :]), dim=-1)
+    wide = x.to(dtype)
+    first, second = _pairs(wide, half, features.interleaved)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    turned_first, turned_second = _pairs(out, half, features.interleaved)
+    turned_first.copy_(first * cos).addcmul_(second, sin, value=-1)
+    turned_second.copy_(second * cos).addcmul_(first, sin)
+    out[..., 2 * half :] = wide[..., 2 * half :]
+    return out.to(x.dtype)
+
+
+def _pairs(x: torch.Tensor, half: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first and second dimensions of the pairs that are rotated."""
+    if interleaved:
+        return x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
 
 
 def capped(scores: torch.Tensor, features: Features) -> torch.Tensor:
