@@ -1,4 +1,4 @@
-"""The ``fastencoder`` command: ``demo``, ``explain MODEL``, ``models``, ``compile MODEL``.
+"""The ``fastencoder`` command: ``demo``, ``explain MODEL``, ``models``, ``scaffold CLASS``, ``compile MODEL``.
 
 torch and transformers are imported inside the commands, so that ``--help`` and a mistyped option answer at once.
 Nothing is ever downloaded, only safetensors files are read, and a model's own code is never run.
@@ -140,6 +140,33 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print the list 
     out = console()
     out.print(table)
     out.print(f"{len(rows)} layer classes. fastencoder explain MODEL checks one model.", highlight=False)
+
+
+@app.command()
+def scaffold(
+    layer_class: Annotated[str, typer.Argument(metavar="CLASS", help="A layer class: package.module.MyLayer.")],
+) -> None:
+    """Propose how to register a layer class: which known one it computes like, checked against its own forward.
+
+    The package of CLASS is imported and the class is built from its default config.
+
+    Exit status: 0 a known adapter fits and agrees, 1 none does (what is known of its parts is printed), 2 CLASS was not found.
+    """
+    quiet()
+    from fastencoder import registry
+    from fastencoder import scaffold as scaffolding
+
+    if registry.by_class(layer_class) is not None:
+        typer.echo(f"{layer_class} is registered already.")
+        return
+    try:
+        layer = scaffolding.build_layer(scaffolding.load_class(layer_class))
+    except scaffolding.CannotBuild as error:
+        fail(str(error))
+    found = scaffolding.proposals(layer)
+    typer.echo(scaffolding.describe(layer_class, layer, found))
+    if not any(proposal.agrees for proposal in found):
+        raise typer.Exit(1)
 
 
 @app.command()

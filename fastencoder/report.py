@@ -11,6 +11,7 @@ from torch import nn
 
 from . import registry
 from .eligibility import Finding, inspect_layer
+from .families.left_out import LEFT_OUT
 from .layers import FastLayer
 from .layers.weights import extra_bytes
 
@@ -201,6 +202,9 @@ def _unknown(name: str, module: nn.Module) -> str | None:
         return None
     if not any(parameter.dim() == 2 for parameter in module.parameters()):
         return None
+    left_out = LEFT_OUT.get(registry.qualified_name(type(module)))
+    if left_out is not None:
+        return f"there is no fast layer of this class: it {left_out}"
     known = next((base for base in type(module).__mro__[1:] if registry.by_class(base)), None)
     if known is not None:
         return f"a subclass of {known.__name__}: its code may differ, so only {known.__name__} itself is fast"
