@@ -61,6 +61,14 @@ class Rows:
     shared: bool
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """int64 ``[R, L]``: `gather` as numbers."""
+        index = self.gather
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop)
+        return index.view(self.count, self.length)
+
+    @property
     def cells(self) -> int:
         """Products of query and key."""
         return self.count * self.length * self.length
@@ -80,9 +88,8 @@ def plan_rows(lengths: tuple[int, ...], limits: Limits) -> tuple[Rows, ...]:
         shortest = longest * _SIMILAR if limits.similar is None or longest <= limits.similar else longest
         count = sum(1 for s in longest_first if share or lengths[s] >= shortest)
         members, longest_first = longest_first[:count], longest_first[count:]
-        total = sum(lengths[s] for s in members)
-        length = min(limits.shared, total) if share else longest
-        rows = _best_fit(members, lengths, length) if share else [[sequence] for sequence in members]
+        rows = _best_fit(members, lengths, limits.shared) if share else [[sequence] for sequence in members]
+        length = max(sum(lengths[s] for s in inside) for inside in rows)
         step = _rows_per_call(length, limits)
         plan += [_rows(rows[i : i + step], lengths, starts, length) for i in range(0, len(rows), step)]
     return tuple(plan)
