@@ -10,6 +10,7 @@ from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, dot_works,
 from varlen_attention_testing import (
     bound_of,
     check,
+    decomposed_of,
     disentangled_of,
     expected_of,
     offsets_of,
@@ -51,6 +52,7 @@ def features_of(names, lengths, heads, device, dtype=torch.float32):
         "bias": lambda: {"bias": random(7, len(lengths), heads, longest + 3, longest + 3, dtype=dtype, device=device)},
         "shared_bias": lambda: {"bias": random(8, 1, 1, longest, longest, dtype=dtype, device=device)},
     }
+    made["decomposed"] = lambda: {"decomposed": decomposed_of(max(longest, LOOPED), tokens, heads, 7, dtype, device)}
     for kinds in (("c2p",), ("p2c",), ("c2p", "p2c")):
         made["+".join(kinds)] = lambda kinds=kinds: {
             "disentangled": disentangled_of(kinds, tokens, heads, 12, 9, dtype, device)
@@ -59,7 +61,7 @@ def features_of(names, lengths, heads, device, dtype=torch.float32):
 
 
 ALONE = ["causal", "window", "left", "right", "softcap", "rope", "interleaved", "partial", "partial_interleaved"]
-ALONE += ["relative", "bias", "shared_bias", "c2p", "p2c", "c2p+p2c"]
+ALONE += ["relative", "bias", "shared_bias", "c2p", "p2c", "c2p+p2c", "decomposed"]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -89,7 +91,7 @@ def test_one_feature(name, dtype, max_seqlen, feature):
     dtype=st.sampled_from([torch.float16, torch.float32]),
     positions=st.sampled_from(["rope", "interleaved", "partial", "partial_interleaved", None]),
     sight=st.sampled_from(["causal", "window", "left", "right", None]),
-    others=st.sets(st.sampled_from(["softcap", "relative", "shared_bias", "c2p+p2c"])),
+    others=st.sets(st.sampled_from(["softcap", "relative", "shared_bias", "c2p+p2c", "decomposed"])),
 )
 @example(
     lengths=[3, 150, 0], key_heads=1, dtype=torch.float16, positions="interleaved", sight="window", others={"softcap"}
@@ -187,9 +189,9 @@ def test_neighbours_never_leak(name, dtype, bad):
     """Not through the tables of rotary embedding either."""
     device, lengths = device_of(name), [12, 25, 5]
     rows = slice(12, 37)
-    features = features_of(["partial", "window", "softcap", "c2p+p2c"], lengths, HEADS, device)
+    features = features_of(["partial", "window", "softcap", "c2p+p2c", "decomposed"], lengths, HEADS, device)
     q, k, v = (x.clone() for x in qkv_of(lengths, HEADS, DIM, dtype, device))
-    for x in (q, k, v, *features["rope"][:2], *features["disentangled"][:2]):
+    for x in (q, k, v, *features["rope"][:2], *features["disentangled"][:2], *features["decomposed"]):
         keep = x[rows].clone()
         x.fill_(bad)
         x[rows] = keep
@@ -199,13 +201,14 @@ def test_neighbours_never_leak(name, dtype, bad):
     features["rope"] = (cos[rows], sin[rows], style)
     c2p, p2c, columns = features.pop("disentangled")
     features["disentangled"] = (c2p[rows], p2c[rows], columns)
+    features["decomposed"] = tuple(x[rows] for x in features["decomposed"])
     expected, spread = expected_of(q[rows], k[rows], v[rows], [25], 0.2, **features)
     assert_within(out[rows], expected, bound_of(dtype, spread, features))
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("feature", [None, "interleaved", "wide", "relative", "c2p+p2c"])
+@pytest.mark.parametrize("feature", [None, "interleaved", "wide", "relative", "c2p+p2c", "decomposed"])
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_permuting_sequences_permutes_the_result(name, dtype, feature, data):
@@ -224,6 +227,8 @@ def test_permuting_sequences_permutes_the_result(name, dtype, feature, data):
     if "disentangled" in moved:
         c2p, p2c, columns = moved["disentangled"]
         moved["disentangled"] = (c2p[rows], p2c[rows], columns)
+    if "decomposed" in moved:
+        moved["decomposed"] = tuple(x[rows] for x in moved["decomposed"])
     with implementation(name):
         out = varlen_attention(q, k, v, offsets_of(lengths, device), longest, 0.2, **features)
         offsets = offsets_of([lengths[s] for s in order], device)
@@ -235,13 +240,13 @@ def test_arguments_of_the_operator():
     """Through torch.ops and torch.compile: every feature arrives, and shapes are known without running."""
     lengths = [5, 0, 9]
     q, k, v = qkv_of(lengths, HEADS, DIM, torch.float32, "cpu")
-    names = ["window", "softcap", "partial_interleaved", "relative", "bias", "c2p+p2c"]
+    names = ["window", "softcap", "partial_interleaved", "relative", "bias", "c2p+p2c", "decomposed"]
     features = features_of(names, lengths, HEADS, "cpu")
     offsets = offsets_of(lengths, "cpu")
     cos, sin, style = features["rope"]
     left, right = features["window"]
     arguments = (q, k, v, offsets, 9, 0.2, left, right, 1.5, cos, sin, style)
-    arguments += (features["relative_bias"], features["bias"], *features["disentangled"])
+    arguments += (features["relative_bias"], features["bias"], *features["disentangled"], *features["decomposed"])
     expected = check("cpu", q, k, v, lengths, 0.2, **features)
     assert torch.equal(torch.ops.fastencoder.varlen_attention(*arguments), expected)
     torch.library.opcheck(torch.ops.fastencoder.varlen_attention.default, arguments)
@@ -253,7 +258,7 @@ def test_arguments_of_the_operator():
     "bad",
     [
         "window", "softcap", "tables", "pairs", "relative", "heads", "bias", "small bias", "products", "widths",
-        "no products", "even columns", "long columns", "no columns",
+        "no products", "even columns", "long columns", "no columns", "rel_h", "no rel_w", "grid",
     ],
 )  # fmt: skip
 def test_wrong_features(bad):
@@ -274,6 +279,9 @@ def test_wrong_features(bad):
         "no products": ({"disentangled": (None, None, columns)}, "c2p and p2c must be"),
         "even columns": ({"disentangled": (products, products, columns[1:])}, "columns must be int32"),
         "long columns": ({"disentangled": (products, None, columns.long())}, "columns must be int32"),
+        "rel_h": ({"decomposed": (products[:3], products)}, "rel_h and rel_w must be"),
+        "no rel_w": ({"decomposed": (products, None)}, "rel_h and rel_w must be"),
+        "grid": ({"decomposed": (products[..., :3], products[..., :1])}, "grid of 3 x 1 has less than 4 tokens"),
         "no columns": ({"disentangled": (None, products, None)}, "columns must be int32"),
     }[bad]
     with pytest.raises(ValueError, match=message):

@@ -107,6 +107,7 @@ def test_numbers_that_vary_from_batch_to_batch_specialise_nothing():
         products = torch.empty(3, batch * seqlen, 8 + reach, device="meta").transpose(0, 1)
         columns = torch.empty(2 * reach + 1, dtype=torch.int32, device="meta")
         others = {"bias": bias, "relative_bias": relative, "disentangled": (products, products, columns)}
+        others["decomposed"] = products, torch.empty(3, batch * seqlen, seqlen, device="meta").transpose(0, 1)
         (launch,) = launches(q, seqlen, DEVICES[3], window=(reach, reach), **others)
         return launch
 

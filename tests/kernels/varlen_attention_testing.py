@@ -29,6 +29,12 @@ def disentangled_of(names, tokens, heads, reach, width, dtype, device):
     return products["c2p"] if "c2p" in names else None, products["p2c"] if "p2c" in names else None, columns.to(device)
 
 
+def decomposed_of(longest, tokens, heads, width, dtype, device):
+    """Products for a grid of this width that holds at least as many tokens; one of them in an odd layout."""
+    rel_h = random(14, tokens, heads, longest // width + 1, dtype=dtype, device=device)
+    return rel_h, random(15, heads, tokens, width, dtype=dtype, device=device).transpose(0, 1)
+
+
 def ragged_lengths(longest):
     """Empty sequences, single tokens, one long sequence among short ones, equal lengths."""
     one_long = st.tuples(st.lists(st.integers(0, 3), max_size=4), st.integers(longest // 2, longest)).map(
@@ -68,7 +74,7 @@ def _position_terms(disentangled, start, head, i, j):
 
 def expected_of(
     q, k, v, lengths, scale, causal=False, window=None, softcap=None, rope=None, relative_bias=None, bias=None,
-    disentangled=None,
+    disentangled=None, decomposed=None,
 ):  # fmt: skip
     """Result and error bound in float64, written without softmax and one head at a time."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
@@ -96,6 +102,11 @@ def expected_of(
             if disentangled is not None:
                 terms, size = _position_terms(disentangled, start, head, i, j)
                 added, sizes = added + terms, sizes + size
+            if decomposed is not None:
+                rel_h, rel_w = (x.double().cpu()[rows, head] for x in decomposed)
+                grid = rel_h[:, :, None] + rel_w[:, None, :]  # [length, Kh, Kw]
+                added = added + grid.flatten(1)[:, :length]
+                sizes = sizes + (rel_h.abs()[:, :, None] + rel_w.abs()[:, None, :]).flatten(1)[:, :length]
             scores = scores + added
             sizes = sizes + added.abs().nan_to_num(posinf=0, neginf=0)
             scores[(j < i - left) | (j > i + right)] = -torch.inf

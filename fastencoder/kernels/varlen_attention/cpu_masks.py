@@ -30,14 +30,11 @@ def mask(rows: Rows, features: Features, queries: range, keys: range, dtype: tor
 
 
 def _hidden(rows: Rows, features: Features, queries: range, keys: range) -> torch.Tensor | None:
-    """bool ``[R or 1, 1, queries or 1, keys]``: which keys a query does not see; None where it sees all.
-
-    In shared rows unused slots see one another, because a query needs a key.
-    """
-    hidden = None
-    if rows.segments is not None:
-        of_keys = rows.segments[:, None, None, keys.start : keys.stop]
-        hidden = rows.segments[:, None, queries.start : queries.stop, None] != of_keys if rows.shared else of_keys < 0
+    """bool ``[R or 1, 1, queries or 1, keys]``: which keys a query does not see; None where it sees all."""
+    hidden = rows.apart
+    if hidden is not None:
+        hidden = hidden[..., keys.start : keys.stop]
+        hidden = hidden[:, :, queries.start : queries.stop] if rows.shared else hidden
     for side, sign in ((features.left, -1), (features.right, 1)):
         if side != UNLIMITED:
             outside = sign * _distance(queries, keys) > side
@@ -61,6 +58,8 @@ def _added(rows: Rows, features: Features, queries: range, keys: range, dtype: t
         parts.append(_dense_bias(rows, features.bias, queries, keys).to(dtype))
     if features.columns is not None:
         parts.append(_disentangled(rows, features, queries, keys).to(dtype))
+    if features.rel_h is not None:
+        parts.append(_decomposed(rows, features, queries, keys).to(dtype))
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -76,21 +75,39 @@ def _dense_bias(rows: Rows, bias: torch.Tensor, queries: range, keys: range) -> 
 
 
 def _disentangled(rows: Rows, features: Features, queries: range, keys: range) -> torch.Tensor:
-    """``[R, H, queries, keys]``. One gather along the tokens and columns of all heads at once is several times as fast as
-    one along the columns of every token."""
+    """``[R, H, queries, keys]``."""
     column = column_of(features.columns, -_distance(queries, keys))  # [queries, keys]
-    tokens = rows.tokens
-    terms = []
-    for products, token in (
-        (features.c2p, tokens[:, queries.start : queries.stop, None]),
-        (features.p2c, tokens[:, None, keys.start : keys.stop]),
-    ):
-        if products is not None:
-            _, heads, width = products.shape
-            flat = products.transpose(0, 1).reshape(heads, -1)  # no copy of the transposed [H, T, P]
-            terms.append(flat.index_select(1, (token * width + column).flatten()))
-    added = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
-    return added.view(-1, rows.count, *column.shape).transpose(0, 1)
+    parts = []
+    if features.c2p is not None:
+        parts.append(_gathered(features.c2p, rows.tokens[:, queries.start : queries.stop, None], column))
+    if features.p2c is not None:
+        parts.append(_gathered(features.p2c, rows.tokens[:, None, keys.start : keys.stop], column))
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+
+
+def _decomposed(rows: Rows, features: Features, queries: range, keys: range) -> torch.Tensor:
+    """``[R, H, queries, keys]``; one sum over the grid where a slot is where its token is in the sequence."""
+    tokens = rows.tokens[:, queries.start : queries.stop]  # [R, queries]
+    rel_h, rel_w = features.rel_h, features.rel_w
+    if rows.shared:
+        place = rows.positions[:, None, keys.start : keys.stop]
+        width = rel_w.shape[2]
+        added = _gathered(rel_h, tokens[:, :, None], place // width)
+        return added.add_(_gathered(rel_w, tokens[:, :, None], place % width))
+    rel_h, rel_w = (x[tokens].transpose(1, 2) for x in (rel_h, rel_w))  # [R, H, queries, Kh or Kw]
+    return (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)[..., keys.start : keys.stop]
+
+
+def _gathered(products: torch.Tensor, token: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """``products[token, h, column]`` for every head: ``[T, H, P]``, two indices that broadcast to ``[R, queries, keys]`` ->
+    ``[R, H, queries, keys]``.
+
+    One gather along the tokens and columns of all heads is several times as fast as one along the columns of every token.
+    """
+    _, heads, width = products.shape
+    index = token * width + column
+    flat = products.transpose(0, 1).reshape(heads, -1)  # no copy of the transposed [H, T, P]
+    return flat.index_select(1, index.flatten()).view(heads, *index.shape).transpose(0, 1)
 
 
 class _Entry(NamedTuple):

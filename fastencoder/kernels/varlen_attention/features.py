@@ -18,6 +18,7 @@ class Features(NamedTuple):
     left, right: how far a query sees, in tokens; causal attention has ``right = 0``.
     cos, sin: both or neither.
     c2p, p2c, columns: one or both of the first two with the third, or none.
+    rel_h, rel_w: both or neither.
     """
 
     left: int = UNLIMITED
@@ -31,12 +32,14 @@ class Features(NamedTuple):
     c2p: torch.Tensor | None = None
     p2c: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+    rel_h: torch.Tensor | None = None
+    rel_w: torch.Tensor | None = None
 
     @property
     def has_token_terms(self) -> bool:
         """Whether something is added to the scores that depends on the tokens themselves, so that every layer has its
         own."""
-        return self.columns is not None
+        return self.columns is not None or self.rel_h is not None
 
     @property
     def has_biases(self) -> bool:
@@ -118,6 +121,10 @@ def score_bias(
             parts.append(_by_column(features.c2p[tokens], column).to(dtype))
         if features.p2c is not None:
             parts.append(_by_column(features.p2c[tokens], column.T).transpose(1, 2).to(dtype))
+    if features.rel_h is not None:
+        width = features.rel_w.shape[2]
+        for products, place in ((features.rel_h, positions // width), (features.rel_w, positions % width)):
+            parts.append(products[tokens].transpose(0, 1)[:, :, place].to(dtype))
     if features.left != UNLIMITED or features.right != UNLIMITED:
         hidden = torch.zeros(distance.shape, dtype=torch.bool, device=device)
         if features.left != UNLIMITED:

@@ -96,7 +96,8 @@ def _feature_arguments(features: Features) -> dict[str, Any]:
     names = ("cos_ptr", "sin_ptr", "relative_ptr", "reach", "left", "right", "softcap", "bias_ptr")
     names += ("bias_sequence_stride", "bias_head_stride", "bias_query_stride")
     names += ("c2p_ptr", "c2p_token_stride", "c2p_head_stride", "p2c_ptr", "p2c_token_stride", "p2c_head_stride")
-    names += ("columns_ptr", "columns_reach")
+    names += ("columns_ptr", "columns_reach", "rel_h_ptr", "rel_h_token_stride", "rel_h_head_stride")
+    names += ("rel_w_ptr", "rel_w_token_stride", "rel_w_head_stride", "grid_width")
     arguments = dict.fromkeys(names)
     if features.left != UNLIMITED or features.right != UNLIMITED:
         for side in ("left", "right"):
@@ -126,6 +127,10 @@ def _feature_arguments(features: Features) -> dict[str, Any]:
         for name, products in (("c2p", features.c2p), ("p2c", features.p2c)):
             if products is not None:
                 arguments |= _by_token_and_head(name, rows_contiguous(products))
+    if features.rel_h is not None:
+        arguments |= _by_token_and_head("rel_h", rows_contiguous(features.rel_h))
+        arguments |= _by_token_and_head("rel_w", rows_contiguous(features.rel_w))
+        arguments["grid_width"] = features.rel_w.shape[2]
     return arguments
 
 

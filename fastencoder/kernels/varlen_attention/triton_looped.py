@@ -42,6 +42,8 @@ def looped_kernel(
     c2p_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
     p2c_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
     columns_ptr,  # [2 * columns_reach + 1], int32, or None
+    rel_h_ptr,  # [T, HEADS, rows of the grid], the last dimension contiguous, or None
+    rel_w_ptr,  # [T, HEADS, grid_width], the last dimension contiguous, or None
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -55,6 +57,10 @@ def looped_kernel(
     c2p_head_stride,
     p2c_token_stride,
     p2c_head_stride,
+    rel_h_token_stride,
+    rel_h_head_stride,
+    rel_w_token_stride,
+    rel_w_head_stride,
     query_blocks,
     scale,
     left,  # None without a window
@@ -62,6 +68,7 @@ def looped_kernel(
     softcap,  # None without
     reach,
     columns_reach,
+    grid_width,
     HEADS: tl.constexpr,
     QUERIES_PER_KEY_HEAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -101,6 +108,12 @@ def looped_kernel(
     if p2c_ptr is not None:
         p2c = (p2c_ptr + first * p2c_token_stride + tl.cast(head, tl.int64) * p2c_head_stride, p2c_token_stride)
     disentangled = (c2p, p2c, columns_ptr, columns_reach)
+    rel_h, rel_w = (rel_h_ptr, rel_h_token_stride), (rel_w_ptr, rel_w_token_stride)
+    if rel_h_ptr is not None:
+        head_rel_h = rel_h_ptr + first * rel_h_token_stride + tl.cast(head, tl.int64) * rel_h_head_stride
+        head_rel_w = rel_w_ptr + first * rel_w_token_stride + tl.cast(head, tl.int64) * rel_w_head_stride
+        rel_h, rel_w = (head_rel_h, rel_h_token_stride), (head_rel_w, rel_w_token_stride)
+    decomposed = (rel_h, rel_w, grid_width)
 
     if EXACT:
         q = q_ptr
@@ -110,7 +123,7 @@ def looped_kernel(
         )
     query = (q, q_token_stride, start)
     pair = (k_ptr, k_token_stride, v_ptr, v_token_stride)
-    score = (scale, softcap, relative, bias, disentangled)
+    score = (scale, softcap, relative, bias, disentangled, decomposed)
     out = tl.full([BLOCK_Q, BLOCK_DIM], 0.0, tl.float32)  # not yet divided by total
     total = tl.full([BLOCK_Q], 0.0, tl.float32)
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -135,7 +148,8 @@ def looped_kernel(
             out, total, highest, key, query, pair, visible, score, rope, DIM, HALF, INTERLEAVED, BLOCK_K,
             PRECISION, EXACT, True,
         )  # fmt: skip
-    SPARSE: tl.constexpr = relative_ptr is not None or bias_ptr is not None or columns_ptr is not None
+    TOKEN_TERMS: tl.constexpr = columns_ptr is not None or rel_h_ptr is not None
+    SPARSE: tl.constexpr = relative_ptr is not None or bias_ptr is not None or TOKEN_TERMS
     store_tile(normalised(out, total, SPARSE), out_ptr, first, head, start, length, HEADS, DIM)
 
 
@@ -160,7 +174,7 @@ def _attend(
     query,  # (the tile [BLOCK_Q, BLOCK_DIM], or a pointer to its sequence if EXACT; token stride; first query)
     pair,  # (k pointer, its token stride, v pointer, its token stride)
     visible,  # (length of the sequence, end of the keys that the tile sees, left, right)
-    score,  # (scale, softcap, relative, bias, disentangled), see adjust_scores
+    score,  # (scale, softcap, relative, bias, disentangled, decomposed), see adjust_scores
     rope,  # (cos, sin)
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -176,8 +190,9 @@ def _attend(
     q, q_token_stride, start = query
     k_ptr, k_token_stride, v_ptr, v_token_stride = pair
     length, end, left, right = visible
-    scale, softcap, relative, bias, disentangled = score
-    BIASED: tl.constexpr = relative[0] is not None or bias[0] is not None or disentangled[2] is not None
+    scale, softcap, relative, bias, disentangled, decomposed = score
+    TOKEN_TERMS: tl.constexpr = disentangled[2] is not None or decomposed[2] is not None
+    BIASED: tl.constexpr = relative[0] is not None or bias[0] is not None or TOKEN_TERMS
     ADJUSTED: tl.constexpr = softcap is not None or BIASED
     rows = start + tl.arange(0, BLOCK_Q)
     keys = first_key + tl.arange(0, BLOCK_K)
@@ -199,7 +214,9 @@ def _attend(
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     if ADJUSTED:
-        scores = adjust_scores(scores, start, first_key, length, scale, softcap, relative, bias, disentangled)
+        scores = adjust_scores(
+            scores, start, first_key, length, scale, softcap, relative, bias, disentangled, decomposed
+        )
         factor = LOG2_E
     else:
         factor = scale * LOG2_E

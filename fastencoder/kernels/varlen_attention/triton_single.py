@@ -39,6 +39,8 @@ def single_block_kernel(
     c2p_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
     p2c_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
     columns_ptr,  # [2 * columns_reach + 1], int32, or None
+    rel_h_ptr,  # [T, HEADS, rows of the grid], the last dimension contiguous, or None
+    rel_w_ptr,  # [T, HEADS, grid_width], the last dimension contiguous, or None
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -52,6 +54,10 @@ def single_block_kernel(
     c2p_head_stride,
     p2c_token_stride,
     p2c_head_stride,
+    rel_h_token_stride,
+    rel_h_head_stride,
+    rel_w_token_stride,
+    rel_w_head_stride,
     query_blocks,
     heads_per_program,
     scale,
@@ -60,6 +66,7 @@ def single_block_kernel(
     softcap,  # None without
     reach,
     columns_reach,
+    grid_width,
     HEADS: tl.constexpr,
     QUERIES_PER_KEY_HEAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -70,7 +77,8 @@ def single_block_kernel(
     BLOCK_K: tl.constexpr,  # at least the length of every sequence
     PRECISION: tl.constexpr,
 ):
-    BIASED: tl.constexpr = relative_ptr is not None or bias_ptr is not None or columns_ptr is not None
+    TOKEN_TERMS: tl.constexpr = columns_ptr is not None or rel_h_ptr is not None
+    BIASED: tl.constexpr = relative_ptr is not None or bias_ptr is not None or TOKEN_TERMS
     ADJUSTED: tl.constexpr = softcap is not None or BIASED
     groups = tl.cdiv(HEADS, heads_per_program)
     program = tl.program_id(0)
@@ -89,6 +97,9 @@ def single_block_kernel(
         c2p_ptr += first * c2p_token_stride
     if p2c_ptr is not None:
         p2c_ptr += first * p2c_token_stride
+    if rel_h_ptr is not None:
+        rel_h_ptr += first * rel_h_token_stride
+        rel_w_ptr += first * rel_w_token_stride
     rows = start + tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
 
@@ -117,7 +128,12 @@ def single_block_kernel(
             if p2c_ptr is not None:
                 p2c = (p2c_ptr + tl.cast(head, tl.int64) * p2c_head_stride, p2c_token_stride)
             disentangled = (c2p, p2c, columns_ptr, columns_reach)
-            scores = adjust_scores(scores, start, 0, length, scale, softcap, relative, bias, disentangled)
+            rel_h, rel_w = (rel_h_ptr, rel_h_token_stride), (rel_w_ptr, rel_w_token_stride)
+            if rel_h_ptr is not None:
+                rel_h = (rel_h_ptr + tl.cast(head, tl.int64) * rel_h_head_stride, rel_h_token_stride)
+                rel_w = (rel_w_ptr + tl.cast(head, tl.int64) * rel_w_head_stride, rel_w_token_stride)
+            decomposed = (rel_h, rel_w, grid_width)
+            scores = adjust_scores(scores, start, 0, length, scale, softcap, relative, bias, disentangled, decomposed)
             factor = LOG2_E
         else:
             factor = scale * LOG2_E
