@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_testing import assert_within, random
-from varlen_attention_testing import bound_of, check, expected_of, offsets_of, qkv_of
+from varlen_attention_testing import bound_of, check, decomposed_of, disentangled_of, expected_of, offsets_of, qkv_of
 
 from fastencoder.kernels import varlen_attention
 from fastencoder.kernels.varlen_attention import cpu, cpu_masks
@@ -29,6 +29,8 @@ def features_of(names, lengths, dtype=torch.float32):
         "bias": lambda: {"bias": random(3, len(lengths), HEADS, longest, longest, dtype=dtype, device="cpu")},
         "shared_bias": lambda: {"bias": random(3, 1, 1, longest + 1, longest + 1, dtype=dtype, device="cpu")},
         "softcap": lambda: {"softcap": 2.0},
+        "decomposed": lambda: {"decomposed": decomposed_of(longest, tokens, HEADS, 6, dtype, "cpu")},
+        "disentangled": lambda: {"disentangled": disentangled_of(("c2p", "p2c"), tokens, HEADS, 50, 21, dtype, "cpu")},
     }
     return {key: value for name in names for key, value in made[name]().items()}
 
@@ -74,7 +76,7 @@ def test_rows(lengths, limits):
                 assert torch.equal(same.nonzero().flatten(), torch.arange(rows.length)[slots])
         assert rows.shared == (len(rows.places) > rows.count)
         assert limits.cells is None or rows.count == 1 or rows.cells <= limits.cells
-        if not rows.shared and limits.similar is not None and rows.length > limits.similar:
+        if limits.similar is not None and rows.length > max(limits.similar, limits.shared):
             assert used.all()
     assert sorted(seen) == tokens.tolist()
 
@@ -85,6 +87,8 @@ def test_rows(lengths, limits):
     [
         ["rope"], ["window"], ["relative"], ["bias"], ["shared_bias"], ["relative", "window", "rope"],
         ["relative", "shared_bias"], ["bias", "relative", "softcap"], ["rope", "softcap"],
+        ["disentangled"], ["disentangled", "window", "shared_bias"], ["disentangled", "relative", "bias", "softcap"],
+        ["decomposed"], ["decomposed", "window", "shared_bias"], ["decomposed", "disentangled"],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("key_heads", [1, 3])
@@ -98,14 +102,17 @@ def test_ragged_batches(names, dtype, key_heads):
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=14),
-    names=st.sets(st.sampled_from(["rope", "window", "relative", "bias", "softcap"])),
+    names=st.sets(st.sampled_from(["rope", "window", "relative", "bias", "softcap", "disentangled", "decomposed"])),
 )
+@example(lengths=[27, 70], names={"bias"})
 def test_any_lengths_with_features(lengths, names):
     q, k, v = qkv_of(lengths, HEADS, 16, torch.float32, "cpu")
     check("cpu", q, k, v, lengths, 0.25, **features_of(sorted(names), lengths))
 
 
-@pytest.mark.parametrize("names", [["rope"], ["relative"], ["bias"], ["window"], ["softcap"]])
+@pytest.mark.parametrize(
+    "names", [["rope"], ["relative"], ["bias"], ["window"], ["softcap"], ["disentangled"], ["decomposed"]]
+)
 def test_ragged_batches_take_few_calls(monkeypatch, names):
     lengths = [*range(1, 33), 110, 128]
     calls = Calls(monkeypatch)
@@ -121,6 +128,16 @@ def test_a_window_costs_what_it_shows(monkeypatch):
     assert max(keys[2] for _, keys, _ in calls) <= 256 + 20
 
 
+def test_long_rows_take_queries_that_fit(monkeypatch):
+    calls = Calls(monkeypatch)
+    monkeypatch.setattr(cpu, "_MASK_BYTES", 4 * HEADS * 700 * 40)
+    lengths = [700, 700]
+    q, k, v = qkv_of(lengths, HEADS, 16, torch.float32, "cpu")
+    check("cpu", q, k, v, lengths, 0.25, **features_of(["decomposed"], lengths))
+    assert {queries[0] for queries, _, _ in calls} == {1}
+    assert max(queries[2] for queries, _, _ in calls) == 40
+
+
 def test_a_window_as_wide_as_the_sequences_is_none(monkeypatch):
     calls = Calls(monkeypatch)
     q, k, v = qkv_of([30] * 4, 2, 16, torch.float32, "cpu")
@@ -130,7 +147,7 @@ def test_a_window_as_wide_as_the_sequences_is_none(monkeypatch):
         assert (calls[0][2] is not None) == masked
 
 
-@pytest.mark.parametrize("names", [["relative"], ["bias"], ["window", "relative"]])
+@pytest.mark.parametrize("names", [["relative"], ["bias"], ["window", "relative"], ["disentangled"], ["decomposed"]])
 def test_masks_of_a_call_are_bounded(monkeypatch, names):
     calls = Calls(monkeypatch)
     monkeypatch.setattr(cpu, "_MASK_BYTES", 4 * 3 * 96 * 96 * 2)  # two shared rows
@@ -141,7 +158,9 @@ def test_masks_of_a_call_are_bounded(monkeypatch, names):
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("names", [["relative"], ["bias"], ["window", "rope"], ["relative", "softcap"]])
+@pytest.mark.parametrize(
+    "names", [["relative"], ["bias"], ["window", "rope"], ["disentangled", "softcap"], ["decomposed"]]
+)
 @pytest.mark.parametrize("lengths", [[30, 9, 12, 40], [200, 180, 190], [20, 20]])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_neighbour_of_the_row_never_leaks(names, lengths, bad):
@@ -150,15 +169,45 @@ def test_a_neighbour_of_the_row_never_leaks(names, lengths, bad):
     if "bias" in features:
         features["bias"][1] = bad
     clean = slice(0, lengths[0])
-    for x in (q, k, v, *features.get("rope", ())[:2]):
+    for x in (
+        q,
+        k,
+        v,
+        *features.get("rope", ())[:2],
+        *features.get("disentangled", ())[:2],
+        *features.get("decomposed", ()),
+    ):
         x[clean.stop : clean.stop + lengths[1]] = bad
     out = varlen_attention(q, k, v, offsets_of(lengths, "cpu"), max(lengths), 0.25, **features)
     alone = dict(features)
     if "rope" in alone:
         alone["rope"] = (*(table[clean] for table in alone["rope"][:2]), False)
+    if "disentangled" in alone:
+        c2p, p2c, columns = alone["disentangled"]
+        alone["disentangled"] = (c2p[clean], p2c[clean], columns)
+    if "decomposed" in alone:
+        alone["decomposed"] = tuple(x[clean] for x in alone["decomposed"])
     expected, spread = expected_of(q[clean], k[clean], v[clean], [lengths[0]], 0.25, **alone)
     assert_within(out[clean], expected, bound_of(torch.float32, spread, features))
     assert not out[clean.stop : clean.stop + lengths[1]].isfinite().any()
+
+
+def test_products_of_distances_that_a_sequence_does_not_have():
+    """Whatever they hold, also where unused slots of a row stand."""
+    lengths, reach = [200, 170, 160], 256
+    q, k, v = qkv_of(lengths, 2, 16, torch.float32, "cpu")
+    columns = torch.arange(2 * reach - 1, dtype=torch.int32)
+    products = random(4, 530, 2, 2 * reach - 1, dtype=torch.float32, device="cpu")
+    products[370:, :, reach - 1 + 160 :] = products[370:, :, : reach - 160] = float("nan")
+    assert products[370:].isnan().any()
+    check("cpu", q, k, v, lengths, 0.25, disentangled=(products, products, columns))
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.contiguous(), lambda x: torch.cat((x, x), 2)[..., 2:21]])
+def test_layouts_of_products(layout):
+    c2p, p2c, columns = disentangled_of(("c2p", "p2c"), 42, HEADS, 40, 19, torch.float32, "cpu")
+    q, k, v = qkv_of([30, 12], HEADS, 16, torch.float32, "cpu")
+    check("cpu", q, k, v, [30, 12], 0.25, disentangled=(layout(c2p), layout(p2c), columns))
 
 
 @pytest.fixture

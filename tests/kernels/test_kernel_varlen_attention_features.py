@@ -7,7 +7,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, dot_works, random
-from varlen_attention_testing import bound_of, check, expected_of, offsets_of, qkv_of, ragged_lengths
+from varlen_attention_testing import (
+    bound_of,
+    check,
+    decomposed_of,
+    disentangled_of,
+    expected_of,
+    offsets_of,
+    qkv_of,
+    ragged_lengths,
+)
 
 from fastencoder.kernels import implementation, varlen_attention
 
@@ -43,11 +52,16 @@ def features_of(names, lengths, heads, device, dtype=torch.float32):
         "bias": lambda: {"bias": random(7, len(lengths), heads, longest + 3, longest + 3, dtype=dtype, device=device)},
         "shared_bias": lambda: {"bias": random(8, 1, 1, longest, longest, dtype=dtype, device=device)},
     }
+    made["decomposed"] = lambda: {"decomposed": decomposed_of(max(longest, LOOPED), tokens, heads, 7, dtype, device)}
+    for kinds in (("c2p",), ("p2c",), ("c2p", "p2c")):
+        made["+".join(kinds)] = lambda kinds=kinds: {
+            "disentangled": disentangled_of(kinds, tokens, heads, 12, 9, dtype, device)
+        }
     return {key: value for name in names for key, value in made[name]().items()}
 
 
 ALONE = ["causal", "window", "left", "right", "softcap", "rope", "interleaved", "partial", "partial_interleaved"]
-ALONE += ["relative", "bias", "shared_bias"]
+ALONE += ["relative", "bias", "shared_bias", "c2p", "p2c", "c2p+p2c", "decomposed"]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -77,7 +91,7 @@ def test_one_feature(name, dtype, max_seqlen, feature):
     dtype=st.sampled_from([torch.float16, torch.float32]),
     positions=st.sampled_from(["rope", "interleaved", "partial", "partial_interleaved", None]),
     sight=st.sampled_from(["causal", "window", "left", "right", None]),
-    others=st.sets(st.sampled_from(["softcap", "relative", "shared_bias"])),
+    others=st.sets(st.sampled_from(["softcap", "relative", "shared_bias", "c2p+p2c", "decomposed"])),
 )
 @example(
     lengths=[3, 150, 0], key_heads=1, dtype=torch.float16, positions="interleaved", sight="window", others={"softcap"}
@@ -175,9 +189,9 @@ def test_neighbours_never_leak(name, dtype, bad):
     """Not through the tables of rotary embedding either."""
     device, lengths = device_of(name), [12, 25, 5]
     rows = slice(12, 37)
-    features = features_of(["partial", "window", "softcap"], lengths, HEADS, device)
+    features = features_of(["partial", "window", "softcap", "c2p+p2c", "decomposed"], lengths, HEADS, device)
     q, k, v = (x.clone() for x in qkv_of(lengths, HEADS, DIM, dtype, device))
-    for x in (q, k, v, *features["rope"][:2]):
+    for x in (q, k, v, *features["rope"][:2], *features["disentangled"][:2], *features["decomposed"]):
         keep = x[rows].clone()
         x.fill_(bad)
         x[rows] = keep
@@ -185,13 +199,16 @@ def test_neighbours_never_leak(name, dtype, bad):
         out = varlen_attention(q, k, v, offsets_of(lengths, device), 25, 0.2, **features)
     cos, sin, style = features.pop("rope")
     features["rope"] = (cos[rows], sin[rows], style)
+    c2p, p2c, columns = features.pop("disentangled")
+    features["disentangled"] = (c2p[rows], p2c[rows], columns)
+    features["decomposed"] = tuple(x[rows] for x in features["decomposed"])
     expected, spread = expected_of(q[rows], k[rows], v[rows], [25], 0.2, **features)
     assert_within(out[rows], expected, bound_of(dtype, spread, features))
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("feature", [None, "interleaved", "wide", "relative"])
+@pytest.mark.parametrize("feature", [None, "interleaved", "wide", "relative", "c2p+p2c", "decomposed"])
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_permuting_sequences_permutes_the_result(name, dtype, feature, data):
@@ -207,6 +224,11 @@ def test_permuting_sequences_permutes_the_result(name, dtype, feature, data):
     if "rope" in moved:
         cos, sin, style = moved["rope"]
         moved["rope"] = (cos[rows], sin[rows], style)
+    if "disentangled" in moved:
+        c2p, p2c, columns = moved["disentangled"]
+        moved["disentangled"] = (c2p[rows], p2c[rows], columns)
+    if "decomposed" in moved:
+        moved["decomposed"] = tuple(x[rows] for x in moved["decomposed"])
     with implementation(name):
         out = varlen_attention(q, k, v, offsets_of(lengths, device), longest, 0.2, **features)
         offsets = offsets_of([lengths[s] for s in order], device)
@@ -218,12 +240,13 @@ def test_arguments_of_the_operator():
     """Through torch.ops and torch.compile: every feature arrives, and shapes are known without running."""
     lengths = [5, 0, 9]
     q, k, v = qkv_of(lengths, HEADS, DIM, torch.float32, "cpu")
-    features = features_of(["window", "softcap", "partial_interleaved", "relative", "bias"], lengths, HEADS, "cpu")
+    names = ["window", "softcap", "partial_interleaved", "relative", "bias", "c2p+p2c", "decomposed"]
+    features = features_of(names, lengths, HEADS, "cpu")
     offsets = offsets_of(lengths, "cpu")
     cos, sin, style = features["rope"]
     left, right = features["window"]
     arguments = (q, k, v, offsets, 9, 0.2, left, right, 1.5, cos, sin, style)
-    arguments += (features["relative_bias"], features["bias"])
+    arguments += (features["relative_bias"], features["bias"], *features["disentangled"], *features["decomposed"])
     expected = check("cpu", q, k, v, lengths, 0.2, **features)
     assert torch.equal(torch.ops.fastencoder.varlen_attention(*arguments), expected)
     torch.library.opcheck(torch.ops.fastencoder.varlen_attention.default, arguments)
@@ -231,10 +254,17 @@ def test_arguments_of_the_operator():
     assert torch.equal(compiled(q, k, v, offsets, 9, 0.2, **features), expected)
 
 
-@pytest.mark.parametrize("bad", ["window", "softcap", "tables", "pairs", "relative", "heads", "bias", "small bias"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "window", "softcap", "tables", "pairs", "relative", "heads", "bias", "small bias", "products", "widths",
+        "no products", "even columns", "long columns", "no columns", "rel_h", "no rel_w", "grid",
+    ],
+)  # fmt: skip
 def test_wrong_features(bad):
     x, offsets = torch.zeros(4, 2, 16), torch.tensor([0, 4], dtype=torch.int32)
     table = torch.zeros(4, 8)
+    products, columns = torch.zeros(4, 2, 8), torch.zeros(7, dtype=torch.int32)
     features, message = {
         "window": ({"window": (-2, 0)}, "a window reaches 0 tokens or more"),
         "softcap": ({"softcap": 0.0}, "softcap must be positive"),
@@ -244,6 +274,15 @@ def test_wrong_features(bad):
         "heads": ({"relative_bias": torch.zeros(3, 7)}, "relative_bias must be"),
         "bias": ({"bias": torch.zeros(2, 1, 4, 4)}, "bias must be"),
         "small bias": ({"bias": torch.zeros(1, 1, 3, 3)}, "bias must be"),
+        "products": ({"disentangled": (torch.zeros(4, 3, 8), None, columns)}, "c2p and p2c must be"),
+        "widths": ({"disentangled": (torch.zeros(4, 2, 8), torch.zeros(4, 2, 9), columns)}, "c2p and p2c must be"),
+        "no products": ({"disentangled": (None, None, columns)}, "c2p and p2c must be"),
+        "even columns": ({"disentangled": (products, products, columns[1:])}, "columns must be int32"),
+        "long columns": ({"disentangled": (products, None, columns.long())}, "columns must be int32"),
+        "rel_h": ({"decomposed": (products[:3], products)}, "rel_h and rel_w must be"),
+        "no rel_w": ({"decomposed": (products, None)}, "rel_h and rel_w must be"),
+        "grid": ({"decomposed": (products[..., :3], products[..., :1])}, "grid of 3 x 1 has less than 4 tokens"),
+        "no columns": ({"disentangled": (None, products, None)}, "columns must be int32"),
     }[bad]
     with pytest.raises(ValueError, match=message):
         varlen_attention(x, x, x, offsets, 4, 1.0, **features)

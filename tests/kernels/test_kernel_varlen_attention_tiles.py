@@ -104,7 +104,11 @@ def test_numbers_that_vary_from_batch_to_batch_specialise_nothing():
         q = torch.empty(batch * seqlen, 3, 64, dtype=torch.float16, device="meta")
         bias = torch.empty(1, 3, 2 * seqlen + reach, 2 * seqlen + reach, device="meta")
         relative = torch.empty(3, 2 * reach + 1, device="meta")
-        (launch,) = launches(q, seqlen, DEVICES[3], window=(reach, reach), bias=bias, relative_bias=relative)
+        products = torch.empty(3, batch * seqlen, 8 + reach, device="meta").transpose(0, 1)
+        columns = torch.empty(2 * reach + 1, dtype=torch.int32, device="meta")
+        others = {"bias": bias, "relative_bias": relative, "disentangled": (products, products, columns)}
+        others["decomposed"] = products, torch.empty(3, batch * seqlen, seqlen, device="meta").transpose(0, 1)
+        (launch,) = launches(q, seqlen, DEVICES[3], window=(reach, reach), **others)
         return launch
 
     for few, many in ((made(4, 33, 1), made(4, 64, 16)), (made(4, 300, 1), made(40, 1024, 64))):

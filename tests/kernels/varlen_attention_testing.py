@@ -19,6 +19,22 @@ def qkv_of(lengths, heads, dim, dtype, device, seed=0):
     return buffer.unbind(1)
 
 
+def disentangled_of(names, tokens, heads, reach, width, dtype, device):
+    """Products of positions under these names, in the layout that a batched product makes, and a table without order."""
+    products = {
+        name: random(seed, heads, tokens, width, dtype=dtype, device=device).transpose(0, 1)
+        for seed, name in ((11, "c2p"), (12, "p2c"))
+    }
+    columns = torch.randint(0, width, (2 * reach - 1,), generator=torch.Generator().manual_seed(13), dtype=torch.int32)
+    return products["c2p"] if "c2p" in names else None, products["p2c"] if "p2c" in names else None, columns.to(device)
+
+
+def decomposed_of(longest, tokens, heads, width, dtype, device):
+    """Products for a grid of this width that holds at least as many tokens; one of them in an odd layout."""
+    rel_h = random(14, tokens, heads, longest // width + 1, dtype=dtype, device=device)
+    return rel_h, random(15, heads, tokens, width, dtype=dtype, device=device).transpose(0, 1)
+
+
 def ragged_lengths(longest):
     """Empty sequences, single tokens, one long sequence among short ones, equal lengths."""
     one_long = st.tuples(st.lists(st.integers(0, 3), max_size=4), st.integers(longest // 2, longest)).map(
@@ -45,9 +61,21 @@ def _turned(x, rope):
     return out, size
 
 
+def _position_terms(disentangled, start, head, i, j):
+    """What every distance between a query and a key adds: one number from the query's row, one from the key's."""
+    c2p, p2c, columns = disentangled
+    reach = (len(columns) - 1) // 2
+    column = columns.cpu()[(i - j).clamp(-reach, reach) + reach].long()
+    c2p, p2c = (torch.zeros(()) if x is None else x.double().cpu()[:, head] for x in (c2p, p2c))
+    of_query = c2p[start + i, column] if c2p.dim() else c2p
+    of_key = p2c[start + j, column] if p2c.dim() else p2c
+    return of_query + of_key, of_query.abs() + of_key.abs()
+
+
 def expected_of(
-    q, k, v, lengths, scale, causal=False, window=None, softcap=None, rope=None, relative_bias=None, bias=None
-):
+    q, k, v, lengths, scale, causal=False, window=None, softcap=None, rope=None, relative_bias=None, bias=None,
+    disentangled=None, decomposed=None,
+):  # fmt: skip
     """Result and error bound in float64, written without softmax and one head at a time."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
     (q, q_size), (k, k_size) = _turned(q, rope), _turned(k, rope)
@@ -71,6 +99,14 @@ def expected_of(
             if bias is not None:
                 dense = bias.double().cpu()
                 added += dense[sequence % dense.shape[0], head % dense.shape[1], :length, :length]
+            if disentangled is not None:
+                terms, size = _position_terms(disentangled, start, head, i, j)
+                added, sizes = added + terms, sizes + size
+            if decomposed is not None:
+                rel_h, rel_w = (x.double().cpu()[rows, head] for x in decomposed)
+                grid = rel_h[:, :, None] + rel_w[:, None, :]  # [length, Kh, Kw]
+                added = added + grid.flatten(1)[:, :length]
+                sizes = sizes + (rel_h.abs()[:, :, None] + rel_w.abs()[:, None, :]).flatten(1)[:, :length]
             scores = scores + added
             sizes = sizes + added.abs().nan_to_num(posinf=0, neginf=0)
             scores[(j < i - left) | (j > i + right)] = -torch.inf

@@ -34,8 +34,15 @@ _FEATURES = {
     "softcap-window-rope": ("softcap", "window", "rope"),
     "relative": ("relative",),
     "bias": ("bias",),
+    "disentangled": ("c2p", "p2c"),
+    "c2p": ("c2p",),
+    "p2c": ("p2c",),
+    "decomposed": ("decomposed",),
 }
 _WITH_FEATURES = [("bf16", 64, seqlen, name) for name in _FEATURES for seqlen in (64, 512)]
+_WITH_FEATURES += [("bf16", 64, seqlen, "disentangled") for seqlen in (32, 256)] + [("fp16", 64, 256, "disentangled")]
+_WITH_FEATURES += [("bf16", 64, 256, "decomposed"), ("bf16", 80, 256, "decomposed"), ("bf16", 80, 4096, "decomposed")]
+_WITH_FEATURES += [(dtype, 64, 512, name) for dtype in ("tf32", "fp32") for name in ("disentangled", "decomposed")]
 _WITH_FEATURES += [("bf16", 64, 256, "softcap-window-rope"), ("bf16", 64, 256, "bias")]
 _WITH_FEATURES += [("bf16", 128, 256, "softcap-window-rope"), ("bf16", 128, 256, "bias")]
 _WITH_FEATURES += [("bf16", 128, 512, "softcap-window-rope"), ("bf16", 128, 512, "bias")]
@@ -78,6 +85,12 @@ def _features(q: torch.Tensor, seqlen: int, names: tuple[str, ...]) -> Features:
         features = features._replace(relative_bias=_meta(heads, 2 * 128 - 1, dtype=torch.float32))
     if "bias" in names:
         features = features._replace(bias=_meta(1, heads, seqlen, seqlen, dtype=q.dtype))
+    if "decomposed" in names:
+        rel_h, rel_w = (_meta(heads, tokens, 64, dtype=q.dtype).transpose(0, 1) for _ in range(2))
+        features = features._replace(rel_h=rel_h, rel_w=rel_w)
+    if "c2p" in names or "p2c" in names:
+        products = {name: _meta(heads, tokens, 512, dtype=q.dtype).transpose(0, 1) for name in names}
+        features = features._replace(columns=_meta(2 * seqlen - 1, dtype=torch.int32), **products)
     return features
 
 

@@ -26,7 +26,7 @@ from fastencoder.kernels.varlen_attention.features import (
 from fastencoder.kernels.varlen_attention.rows import Limits, Rows, plan_rows
 
 SHARED_LENGTH = 96  # tokens in a shared row; longer sequences have rows of their own
-_QUERIES = 256  # of one call, where there is a mask
+_QUERIES = 256  # of one call at most, where there is a mask
 _MASK_BYTES = 16 * 2**20  # of one call
 
 _masks = MaskCache()
@@ -108,8 +108,10 @@ def _mix(
     if rows.length <= _QUERIES or not features.masks:
         return _attend(q, k, v, make(rows, features, everyone, everyone, dtype), scale, features).contiguous()
     out = torch.empty(rows.count, rows.length, *q.shape[1::2], dtype=q.dtype)
-    for first in range(0, rows.length, _QUERIES):
-        queries = range(first, min(first + _QUERIES, rows.length))
+    fit = _MASK_BYTES // (4 * q.shape[1] * rows.length)
+    step = min(_QUERIES, max(32, fit))
+    for first in range(0, rows.length, step):
+        queries = range(first, min(first + step, rows.length))
         keys = range(*visible_keys(features, queries.start, queries.stop, rows.length))
         added = make(rows, features, queries, keys, dtype)
         block, seen = slice(queries.start, queries.stop), slice(keys.start, keys.stop)

@@ -17,6 +17,8 @@ class Features(NamedTuple):
 
     left, right: how far a query sees, in tokens; causal attention has ``right = 0``.
     cos, sin: both or neither.
+    c2p, p2c, columns: one or both of the first two with the third, or none.
+    rel_h, rel_w: both or neither.
     """
 
     left: int = UNLIMITED
@@ -27,11 +29,27 @@ class Features(NamedTuple):
     interleaved: bool = False
     relative_bias: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    c2p: torch.Tensor | None = None
+    p2c: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    rel_h: torch.Tensor | None = None
+    rel_w: torch.Tensor | None = None
+
+    @property
+    def has_token_terms(self) -> bool:
+        """Whether something is added to the scores that depends on the tokens themselves, so that every layer has its
+        own."""
+        return self.columns is not None or self.rel_h is not None
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether something is added to the scores."""
+        return self.relative_bias is not None or self.bias is not None or self.has_token_terms
 
     @property
     def adjusts_scores(self) -> bool:
         """Whether a score is more than a product of query and key."""
-        return self.softcap is not None or self.relative_bias is not None or self.bias is not None
+        return self.softcap is not None or self.has_biases
 
     @property
     def masks(self) -> bool:
@@ -84,20 +102,29 @@ def visible_keys(features: Features, first: int, end: int, length: int) -> tuple
 
 
 def score_bias(
-    features: Features, sequences: list[int], queries: range, keys: range, dtype: torch.dtype, device: torch.device
+    features: Features, sequence: int, tokens: slice, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """What is added to the scores of these queries and keys: ``[B or 1, H or 1, queries, keys]``, -inf where a query does
-    not see a key; None for nothing."""
-    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    distance = torch.arange(keys.start, keys.stop, device=device) - query
+    """What is added to the scores of one sequence: ``[H or 1, length, length]``, -inf where a query does not see a key; None
+    for nothing."""
+    positions = torch.arange(tokens.stop - tokens.start, device=device)
+    distance = positions - positions[:, None]  # from query to key
     parts = []
     if features.bias is not None:
-        shared = features.bias.shape[0] == 1
-        bias = features.bias if shared else features.bias[torch.tensor(sequences, device=device)]
-        parts.append(bias[:, :, queries.start : queries.stop, keys.start : keys.stop].to(dtype))
+        bias = features.bias[sequence if features.bias.shape[0] > 1 else 0]
+        parts.append(bias[:, : len(positions), : len(positions)].to(dtype))
     if features.relative_bias is not None:
         reach = features.relative_bias.shape[1] // 2  # R - 1
-        parts.append(features.relative_bias[:, distance.clamp(-reach, reach) + reach][None].to(dtype))
+        parts.append(features.relative_bias[:, distance.clamp(-reach, reach) + reach].to(dtype))
+    if features.columns is not None:
+        column = column_of(features.columns, -distance)
+        if features.c2p is not None:
+            parts.append(_by_column(features.c2p[tokens], column).to(dtype))
+        if features.p2c is not None:
+            parts.append(_by_column(features.p2c[tokens], column.T).transpose(1, 2).to(dtype))
+    if features.rel_h is not None:
+        width = features.rel_w.shape[2]
+        for products, place in ((features.rel_h, positions // width), (features.rel_w, positions % width)):
+            parts.append(products[tokens].transpose(0, 1)[:, :, place].to(dtype))
     if features.left != UNLIMITED or features.right != UNLIMITED:
         hidden = torch.zeros(distance.shape, dtype=torch.bool, device=device)
         if features.left != UNLIMITED:
@@ -105,11 +132,22 @@ def score_bias(
         if features.right != UNLIMITED:
             hidden |= distance > features.right
         window = torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        parts.append(window[None, None])
+        parts.append(window[None])
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def sees_nothing(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Queries that every key is hidden from, whose result is zero: ``[B or 1, H or 1, queries, 1]``; None without a
-    bias."""
-    return None if bias is None else (bias == float("-inf")).all(dim=-1, keepdim=True)
+def _by_column(products: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Of every token the products in these columns: ``[length, H, P]``, ``[length, n]`` -> ``[H, length, n]``."""
+    by_head = products.transpose(0, 1)
+    return by_head.gather(2, column.expand(len(by_head), -1, -1))
+
+
+def column_of(columns: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """int64: the column of ``c2p`` and ``p2c`` for every distance, query minus key."""
+    reach = columns.shape[0] // 2  # R - 1
+    return columns[distance.clamp(-reach, reach) + reach].long()
+
+
+def sees_nothing(bias: torch.Tensor) -> torch.Tensor:
+    """Queries that every key is hidden from, whose result is zero: ``[..., queries, 1]``."""
+    return (bias == float("-inf")).all(dim=-1, keepdim=True)

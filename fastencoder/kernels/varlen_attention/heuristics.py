@@ -75,21 +75,22 @@ def choose_block(
     if fits and (not features.any or keys * row_bytes <= _SINGLE_BYTES_WITH_FEATURES):
         return _single_block(keys, row_bytes, dtype, limits, features)
     block = _LOOPED[limits.capability[0] in (9, 10, 11), row_bytes][features.any]
-    biased = features.relative_bias is not None or features.bias is not None
-    if biased and row_bytes > 128:  # every score has an address of its own, which takes registers
+    if features.has_biases and row_bytes > 128:  # every score has an address of its own, which takes registers
         block = block._replace(keys=max(16, block.keys // 2))
+    if features.has_token_terms:  # which have two addresses
+        block = block._replace(keys=min(block.keys, 32))
     if max_seqlen <= _SHORT and block.queries == 128:
         return block._replace(queries=64, num_warps=4)
     return block
 
 
 def _single_block(keys: int, row_bytes: int, dtype: torch.dtype, limits: DeviceLimits, features: Features) -> Block:
-    """Blocks of the single-block kernel. A second stage loads the next head ahead, where there is shared memory for it. Not
-    measured."""
+    """Blocks of the single-block kernel. A second stage loads the next head ahead, where there are shared memory and
+    registers for it. Not measured."""
     queries = min(keys, 64)
     large = keys == 128 and (row_bytes == 256 or dtype.itemsize == 4)
-    crowded = large or (keys == 64 and features.any)
-    ahead = not large or limits.shared_bytes > 128 * 1024
+    crowded = large or (keys == 64 and features.any) or (keys == 32 and features.has_token_terms)
+    ahead = (not large or limits.shared_bytes > 128 * 1024) and not features.has_token_terms
     return Block(queries, keys, queries // (8 if crowded else 16), 2 if ahead else 1, single=True)
 
 

@@ -31,12 +31,11 @@ def varlen_attention(
             for x in (k, v)
         )
         scores = capped(query @ key.transpose(1, 2) * scale, features)  # [H, s, s]
-        everyone = range(end - start)
-        bias = score_bias(features, [sequence], everyone, everyone, dtype, q.device)
+        bias = score_bias(features, sequence, slice(start, end), dtype, q.device)
         if bias is not None:
-            scores = (scores + bias)[0]
+            scores = scores + bias
         weights = torch.softmax(scores, dim=-1)
         if bias is not None:
-            weights = weights.masked_fill(sees_nothing(bias)[0], 0.0)
+            weights = weights.masked_fill(sees_nothing(bias), 0.0)
         out[start:end] = (weights @ value).transpose(0, 1)
     return out

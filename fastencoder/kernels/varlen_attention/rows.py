@@ -8,7 +8,7 @@ plan depends on the lengths alone; it is made once for a batch and found again b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -60,6 +60,32 @@ class Rows:
     places: tuple[Place, ...]
     shared: bool
 
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """int64 ``[R, L]``: `gather` as numbers."""
+        index = self.gather
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop)
+        return index.view(self.count, self.length)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[R, L]``: where in its sequence a slot is; 0 for unused slots."""
+        positions = torch.zeros(self.count, self.length, dtype=torch.long)
+        for _, row, slots in self.places:
+            positions[row, slots] = torch.arange(slots.stop - slots.start)
+        return positions
+
+    @cached_property
+    def apart(self) -> torch.Tensor | None:
+        """bool ``[R, 1, L, L]``, which slots belong to different sequences, where rows are shared, so that unused slots see
+        one another, because a query needs a key; ``[R, 1, 1, L]``, which slots are unused, where they are not; None where
+        every slot is used."""
+        if self.segments is None:
+            return None
+        of_keys = self.segments[:, None, None, :]
+        return self.segments[:, None, :, None] != of_keys if self.shared else of_keys < 0
+
     @property
     def cells(self) -> int:
         """Products of query and key."""
@@ -80,9 +106,8 @@ def plan_rows(lengths: tuple[int, ...], limits: Limits) -> tuple[Rows, ...]:
         shortest = longest * _SIMILAR if limits.similar is None or longest <= limits.similar else longest
         count = sum(1 for s in longest_first if share or lengths[s] >= shortest)
         members, longest_first = longest_first[:count], longest_first[count:]
-        total = sum(lengths[s] for s in members)
-        length = min(limits.shared, total) if share else longest
-        rows = _best_fit(members, lengths, length) if share else [[sequence] for sequence in members]
+        rows = _best_fit(members, lengths, limits.shared) if share else [[sequence] for sequence in members]
+        length = max(sum(lengths[s] for s in inside) for inside in rows)
         step = _rows_per_call(length, limits)
         plan += [_rows(rows[i : i + step], lengths, starts, length) for i in range(0, len(rows), step)]
     return tuple(plan)

@@ -63,9 +63,9 @@ def plan(
     block = choose_block(max_seqlen, dim, q.dtype, limits, features)
     query_blocks = cdiv(max_seqlen, block.queries)
     count = query_blocks * (offsets.shape[0] - 1) if tiles is None else tiles.shape[0]
-    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "offsets_ptr": offsets}
+    arguments: dict[str, Any] = {"out_ptr": out, "offsets_ptr": offsets}
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        arguments[f"{name}_token_stride"], arguments[f"{name}_head_stride"] = tensor.stride(0), tensor.stride(1)
+        arguments |= _by_token_and_head(name, tensor)
     arguments |= {"tiles_ptr": tiles, "query_blocks": query_blocks if tiles is None else None, "scale": float(scale)}
     heads_per_program = 1
     if block.single:
@@ -95,6 +95,9 @@ def _feature_arguments(features: Features) -> dict[str, Any]:
     """Arguments of what is asked for, and None for the rest."""
     names = ("cos_ptr", "sin_ptr", "relative_ptr", "reach", "left", "right", "softcap", "bias_ptr")
     names += ("bias_sequence_stride", "bias_head_stride", "bias_query_stride")
+    names += ("c2p_ptr", "c2p_token_stride", "c2p_head_stride", "p2c_ptr", "p2c_token_stride", "p2c_head_stride")
+    names += ("columns_ptr", "columns_reach", "rel_h_ptr", "rel_h_token_stride", "rel_h_head_stride")
+    names += ("rel_w_ptr", "rel_w_token_stride", "rel_w_head_stride", "grid_width")
     arguments = dict.fromkeys(names)
     if features.left != UNLIMITED or features.right != UNLIMITED:
         for side in ("left", "right"):
@@ -118,4 +121,18 @@ def _feature_arguments(features: Features) -> dict[str, Any]:
             "bias_head_stride": head,
             "bias_query_stride": query,
         }
+    if features.columns is not None:
+        columns = features.columns.contiguous()
+        arguments |= {"columns_ptr": columns, "columns_reach": columns.shape[0] // 2}
+        for name, products in (("c2p", features.c2p), ("p2c", features.p2c)):
+            if products is not None:
+                arguments |= _by_token_and_head(name, rows_contiguous(products))
+    if features.rel_h is not None:
+        arguments |= _by_token_and_head("rel_h", rows_contiguous(features.rel_h))
+        arguments |= _by_token_and_head("rel_w", rows_contiguous(features.rel_w))
+        arguments["grid_width"] = features.rel_w.shape[2]
     return arguments
+
+
+def _by_token_and_head(name: str, x: torch.Tensor) -> dict[str, Any]:
+    return {f"{name}_ptr": x, f"{name}_token_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}

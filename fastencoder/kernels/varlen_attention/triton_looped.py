@@ -39,6 +39,11 @@ def looped_kernel(
     sin_ptr,  # [T, HALF] or None
     relative_ptr,  # [HEADS, 2 * reach + 1] or None
     bias_ptr,  # [sequences, HEADS, S, S], the last dimension contiguous, or None
+    c2p_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
+    p2c_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
+    columns_ptr,  # [2 * columns_reach + 1], int32, or None
+    rel_h_ptr,  # [T, HEADS, rows of the grid], the last dimension contiguous, or None
+    rel_w_ptr,  # [T, HEADS, grid_width], the last dimension contiguous, or None
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -48,12 +53,22 @@ def looped_kernel(
     bias_sequence_stride,
     bias_head_stride,
     bias_query_stride,
+    c2p_token_stride,
+    c2p_head_stride,
+    p2c_token_stride,
+    p2c_head_stride,
+    rel_h_token_stride,
+    rel_h_head_stride,
+    rel_w_token_stride,
+    rel_w_head_stride,
     query_blocks,
     scale,
     left,  # None without a window
     right,
     softcap,  # None without
     reach,
+    columns_reach,
+    grid_width,
     HEADS: tl.constexpr,
     QUERIES_PER_KEY_HEAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -87,6 +102,18 @@ def looped_kernel(
             bias_ptr + tl.cast(sequence, tl.int64) * bias_sequence_stride + tl.cast(head, tl.int64) * bias_head_stride
         )
         bias = (head_bias, bias_query_stride)
+    c2p, p2c = (c2p_ptr, c2p_token_stride), (p2c_ptr, p2c_token_stride)
+    if c2p_ptr is not None:
+        c2p = (c2p_ptr + first * c2p_token_stride + tl.cast(head, tl.int64) * c2p_head_stride, c2p_token_stride)
+    if p2c_ptr is not None:
+        p2c = (p2c_ptr + first * p2c_token_stride + tl.cast(head, tl.int64) * p2c_head_stride, p2c_token_stride)
+    disentangled = (c2p, p2c, columns_ptr, columns_reach)
+    rel_h, rel_w = (rel_h_ptr, rel_h_token_stride), (rel_w_ptr, rel_w_token_stride)
+    if rel_h_ptr is not None:
+        head_rel_h = rel_h_ptr + first * rel_h_token_stride + tl.cast(head, tl.int64) * rel_h_head_stride
+        head_rel_w = rel_w_ptr + first * rel_w_token_stride + tl.cast(head, tl.int64) * rel_w_head_stride
+        rel_h, rel_w = (head_rel_h, rel_h_token_stride), (head_rel_w, rel_w_token_stride)
+    decomposed = (rel_h, rel_w, grid_width)
 
     if EXACT:
         q = q_ptr
@@ -96,7 +123,7 @@ def looped_kernel(
         )
     query = (q, q_token_stride, start)
     pair = (k_ptr, k_token_stride, v_ptr, v_token_stride)
-    score = (scale, softcap, relative, bias)
+    score = (scale, softcap, relative, bias, disentangled, decomposed)
     out = tl.full([BLOCK_Q, BLOCK_DIM], 0.0, tl.float32)  # not yet divided by total
     total = tl.full([BLOCK_Q], 0.0, tl.float32)
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -121,7 +148,8 @@ def looped_kernel(
             out, total, highest, key, query, pair, visible, score, rope, DIM, HALF, INTERLEAVED, BLOCK_K,
             PRECISION, EXACT, True,
         )  # fmt: skip
-    SPARSE: tl.constexpr = relative_ptr is not None or bias_ptr is not None
+    TOKEN_TERMS: tl.constexpr = columns_ptr is not None or rel_h_ptr is not None
+    SPARSE: tl.constexpr = relative_ptr is not None or bias_ptr is not None or TOKEN_TERMS
     store_tile(normalised(out, total, SPARSE), out_ptr, first, head, start, length, HEADS, DIM)
 
 
@@ -146,7 +174,7 @@ def _attend(
     query,  # (the tile [BLOCK_Q, BLOCK_DIM], or a pointer to its sequence if EXACT; token stride; first query)
     pair,  # (k pointer, its token stride, v pointer, its token stride)
     visible,  # (length of the sequence, end of the keys that the tile sees, left, right)
-    score,  # (scale, softcap, (relative bias, reach), (bias, query stride))
+    score,  # (scale, softcap, relative, bias, disentangled, decomposed), see adjust_scores
     rope,  # (cos, sin)
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -162,8 +190,10 @@ def _attend(
     q, q_token_stride, start = query
     k_ptr, k_token_stride, v_ptr, v_token_stride = pair
     length, end, left, right = visible
-    scale, softcap, relative, bias = score
-    ADJUSTED: tl.constexpr = softcap is not None or relative[0] is not None or bias[0] is not None
+    scale, softcap, relative, bias, disentangled, decomposed = score
+    TOKEN_TERMS: tl.constexpr = disentangled[2] is not None or decomposed[2] is not None
+    BIASED: tl.constexpr = relative[0] is not None or bias[0] is not None or TOKEN_TERMS
+    ADJUSTED: tl.constexpr = softcap is not None or BIASED
     rows = start + tl.arange(0, BLOCK_Q)
     keys = first_key + tl.arange(0, BLOCK_K)
     if EXACT:
@@ -184,7 +214,9 @@ def _attend(
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     if ADJUSTED:
-        scores = adjust_scores(scores, rows, keys, length, scale, softcap, relative, bias)
+        scores = adjust_scores(
+            scores, start, first_key, length, scale, softcap, relative, bias, disentangled, decomposed
+        )
         factor = LOG2_E
     else:
         factor = scale * LOG2_E

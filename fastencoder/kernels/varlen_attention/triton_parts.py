@@ -11,7 +11,8 @@ import triton.language as tl
 # Arguments that vary from batch to batch: nothing about their values is compiled in, and neither is the alignment of lists.
 UNSPECIALISED = [
     "query_blocks", "heads_per_program", "left", "right", "reach", "bias_sequence_stride", "bias_head_stride",
-    "bias_query_stride",
+    "bias_query_stride", "c2p_token_stride", "c2p_head_stride", "p2c_token_stride", "p2c_head_stride", "columns_reach",
+    "rel_h_token_stride", "rel_h_head_stride", "rel_w_token_stride", "rel_w_head_stride", "grid_width",
 ]  # fmt: skip
 UNALIGNED = ["offsets_ptr", "tiles_ptr"]
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -105,12 +106,16 @@ def _rotate(first, second, tokens, pairs, length, rope, HALF: tl.constexpr):
 
 
 @triton.jit
-def adjust_scores(scores, rows, keys, length, scale, softcap, relative, bias):
-    """Products of queries and keys -> scores in natural units, with cap and biases.
+def adjust_scores(scores, start, first_key, length, scale, softcap, relative, bias, disentangled, decomposed):
+    """Products of the queries from `start` and the keys from `first_key` -> scores in natural units, with cap and biases.
 
     `relative` is (one head's biases [2 * reach + 1] or None, reach), `bias` (one head's biases [length, length] or None, their
-    query stride).
+    query stride), `disentangled` ((one head's c2p [length, P] or None, its token stride), the same of p2c, columns
+    [2 * reach + 1] or None, reach), `decomposed` ((one head's rel_h [length, Kh] or None, its token stride), the same of
+    rel_w, Kw).
     """
+    queries, others = tl.arange(0, scores.shape[0]), tl.arange(0, scores.shape[1])
+    rows, keys = start + queries, first_key + others
     scores = scores * scale
     if softcap is not None:
         scores = softcap * _tanh(scores / softcap)
@@ -122,6 +127,24 @@ def adjust_scores(scores, rows, keys, length, scale, softcap, relative, bias):
         mask = (rows < length)[:, None] & (keys < length)[None, :]
         row_ptrs = bias[0] + rows.to(tl.int64) * bias[1]
         scores += tl.load(row_ptrs[:, None] + keys[None, :], mask=mask, other=0.0).to(tl.float32)
+    c2p, p2c, columns_ptr, columns_reach = disentangled
+    if columns_ptr is not None:
+        mask = (rows < length)[:, None] & (keys < length)[None, :]
+        distance = tl.minimum(tl.maximum(rows[:, None] - keys[None, :], -columns_reach), columns_reach)
+        column = tl.load(columns_ptr + columns_reach + distance)
+        if c2p[0] is not None:
+            ptrs = c2p[0] + tl.cast(start, tl.int64) * c2p[1] + (queries[:, None] * c2p[1] + column)
+            scores += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if p2c[0] is not None:
+            ptrs = p2c[0] + tl.cast(first_key, tl.int64) * p2c[1] + (others[None, :] * p2c[1] + column)
+            scores += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    rel_h, rel_w, grid_width = decomposed
+    if rel_h[0] is not None:
+        mask = (rows < length)[:, None] & (keys < length)[None, :]
+        ptrs = rel_h[0] + tl.cast(start, tl.int64) * rel_h[1] + (queries * rel_h[1])[:, None]
+        scores += tl.load(ptrs + (keys // grid_width)[None, :], mask=mask, other=0.0).to(tl.float32)
+        ptrs = rel_w[0] + tl.cast(start, tl.int64) * rel_w[1] + (queries * rel_w[1])[:, None]
+        scores += tl.load(ptrs + (keys % grid_width)[None, :], mask=mask, other=0.0).to(tl.float32)
     return scores
 
 

@@ -36,6 +36,11 @@ def single_block_kernel(
     sin_ptr,  # [T, HALF] or None
     relative_ptr,  # [HEADS, 2 * reach + 1] or None
     bias_ptr,  # [sequences, HEADS, S, S], the last dimension contiguous, or None
+    c2p_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
+    p2c_ptr,  # [T, HEADS, P], the last dimension contiguous, or None
+    columns_ptr,  # [2 * columns_reach + 1], int32, or None
+    rel_h_ptr,  # [T, HEADS, rows of the grid], the last dimension contiguous, or None
+    rel_w_ptr,  # [T, HEADS, grid_width], the last dimension contiguous, or None
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -45,6 +50,14 @@ def single_block_kernel(
     bias_sequence_stride,
     bias_head_stride,
     bias_query_stride,
+    c2p_token_stride,
+    c2p_head_stride,
+    p2c_token_stride,
+    p2c_head_stride,
+    rel_h_token_stride,
+    rel_h_head_stride,
+    rel_w_token_stride,
+    rel_w_head_stride,
     query_blocks,
     heads_per_program,
     scale,
@@ -52,6 +65,8 @@ def single_block_kernel(
     right,
     softcap,  # None without
     reach,
+    columns_reach,
+    grid_width,
     HEADS: tl.constexpr,
     QUERIES_PER_KEY_HEAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -62,7 +77,9 @@ def single_block_kernel(
     BLOCK_K: tl.constexpr,  # at least the length of every sequence
     PRECISION: tl.constexpr,
 ):
-    ADJUSTED: tl.constexpr = softcap is not None or relative_ptr is not None or bias_ptr is not None
+    TOKEN_TERMS: tl.constexpr = columns_ptr is not None or rel_h_ptr is not None
+    BIASED: tl.constexpr = relative_ptr is not None or bias_ptr is not None or TOKEN_TERMS
+    ADJUSTED: tl.constexpr = softcap is not None or BIASED
     groups = tl.cdiv(HEADS, heads_per_program)
     program = tl.program_id(0)
     sequence, first, length, start = locate_tile(program // groups, offsets_ptr, tiles_ptr, query_blocks, BLOCK_Q)
@@ -76,6 +93,13 @@ def single_block_kernel(
         rope = (cos_ptr + first * HALF, sin_ptr + first * HALF)
     if bias_ptr is not None:
         bias_ptr += tl.cast(sequence, tl.int64) * bias_sequence_stride
+    if c2p_ptr is not None:
+        c2p_ptr += first * c2p_token_stride
+    if p2c_ptr is not None:
+        p2c_ptr += first * p2c_token_stride
+    if rel_h_ptr is not None:
+        rel_h_ptr += first * rel_h_token_stride
+        rel_w_ptr += first * rel_w_token_stride
     rows = start + tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
 
@@ -94,11 +118,22 @@ def single_block_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         if ADJUSTED:
             relative, bias = (relative_ptr, reach), (bias_ptr, bias_query_stride)
+            c2p, p2c = (c2p_ptr, c2p_token_stride), (p2c_ptr, p2c_token_stride)
             if relative_ptr is not None:
                 relative = (relative_ptr + head * (2 * reach + 1), reach)
             if bias_ptr is not None:
                 bias = (bias_ptr + tl.cast(head, tl.int64) * bias_head_stride, bias_query_stride)
-            scores = adjust_scores(scores, rows, keys, length, scale, softcap, relative, bias)
+            if c2p_ptr is not None:
+                c2p = (c2p_ptr + tl.cast(head, tl.int64) * c2p_head_stride, c2p_token_stride)
+            if p2c_ptr is not None:
+                p2c = (p2c_ptr + tl.cast(head, tl.int64) * p2c_head_stride, p2c_token_stride)
+            disentangled = (c2p, p2c, columns_ptr, columns_reach)
+            rel_h, rel_w = (rel_h_ptr, rel_h_token_stride), (rel_w_ptr, rel_w_token_stride)
+            if rel_h_ptr is not None:
+                rel_h = (rel_h_ptr + tl.cast(head, tl.int64) * rel_h_head_stride, rel_h_token_stride)
+                rel_w = (rel_w_ptr + tl.cast(head, tl.int64) * rel_w_head_stride, rel_w_token_stride)
+            decomposed = (rel_h, rel_w, grid_width)
+            scores = adjust_scores(scores, start, 0, length, scale, softcap, relative, bias, disentangled, decomposed)
             factor = LOG2_E
         else:
             factor = scale * LOG2_E
