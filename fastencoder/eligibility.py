@@ -173,7 +173,7 @@ def _check_norms(layer: nn.Module, names: NameMap) -> Iterator[str]:
         cls = type(module)
         if type(module) is nn.LayerNorm and norm_kind(module) is None:
             yield f"{path} has no weight, or normalises over more than the hidden size"
-        elif norm_kind(module) is None and not cls.__module__.startswith("transformers."):
+        elif cls is not nn.Identity and norm_kind(module) is None and not cls.__module__.startswith("transformers."):
             yield f"{path} is a {registry.qualified_name(cls)}, which is neither LayerNorm nor RMSNorm"
 
 
@@ -307,7 +307,7 @@ def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        activation=(activation_name(lookup(layer, names.activation)) or "module") if names.activation else "",
+        activation=(activation_name(lookup(layer, names.activation)) or "module") if names.activation else adapter.activation,
         intermediate_size=(_width(linears["down"], "in") or 0) if names.down else 0,
         linear_bytes=sum(linear.weight.nbytes for slot, linear in linears.items() if slot not in opaque),
         opaque=opaque,

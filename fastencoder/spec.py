@@ -99,6 +99,8 @@ class Adapter:
             and values of one head after the other ("heads").
         gated_up: which half of an `up` that holds both goes through the activation: "first" or "second"; "" where there are no
             halves.
+        activation: the feed-forward block's activation where the layer has no module for it: a name of
+            `fastencoder.kernels.ACTIVATIONS`.
         scale: the factor on the scores where the layer has no attribute for it and it is not `head_dim ** -0.5`.
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
@@ -129,6 +131,7 @@ class Adapter:
     attention: str = "plain"
     qkv_order: Literal["qkv", "heads"] = "qkv"
     gated_up: Literal["", "first", "second"] = ""
+    activation: str = ""
     scale: float | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()

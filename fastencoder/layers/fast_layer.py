@@ -132,7 +132,7 @@ class FastLayer(nn.Module):
         binding, projections = state.ready(self)
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
-        run = partial(run_layer, binding, projections, layer=self, arguments=others)
+        run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
         if adapter.offsets:
             return self._run_packed_by_owner(run, adapter, call, hidden, others)
         if hidden.is_nested:
@@ -147,15 +147,13 @@ class FastLayer(nn.Module):
         adapter = binding.spec.adapter
         if adapter.time_major:
             hidden = hidden.transpose(0, 1)
-        known = call.batch if call is not None and call.mask is mask else None
-        if known is not None and (known.batch, known.seqlen) == hidden.shape[:2]:
-            batch = known
-        else:
+        batch = call.known_batch(mask, *hidden.shape[:2]) if call is not None else None
+        if batch is None:
             batch = _geometry(binding, hidden, mask)
             if batch.indices is not None and self._fastencoder.reads_padding(self):
                 raise Delegated("the batch has padding, and what follows the layers reads the hidden states there")
         if call is not None:
-            call.batch, call.mask = batch, mask
+            call.keep_batch(mask, batch)
             stack = self._fastencoder.stack
             if call.may_carry is None:
                 call.may_carry = (batch.indices is not None or stack.graphs is not None) and _may_carry(stack, call)
@@ -242,7 +240,8 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
     if mask is not None and type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
     try:
-        return PackedBatch.geometry(hidden, mask, binding.spec.adapter.mask_marks)
+        adapter = binding.spec.adapter
+        return KINDS[adapter.attention].geometry(hidden, mask, adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
 

@@ -22,13 +22,14 @@ def run_layer(
     x: torch.Tensor,
     layer: nn.Module | None = None,
     arguments: dict[str, Any] | None = None,
+    mask: Any = None,
 ) -> torch.Tensor:
     """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype.
 
-    `layer` and `arguments`, the call's own by name, are there for the kinds of attention that need them.
+    `layer`, `arguments`, the call's own by name, and `mask` are there for the kinds of attention that need them.
     """
     spec = binding.spec
-    call = LayerCall(binding, projections, batch, layer, arguments or {})
+    call = LayerCall(binding, projections, batch, layer, arguments or {}, mask)
     program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     working_dtype = projections.working_dtype(x.shape[0])
     return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)

@@ -29,8 +29,8 @@ class StackCall:
         schedule: the layers in the order in which the owner calls them.
         position: how many of them have run.
         wants_hidden_states: the owner was asked, as an argument, to return every layer's output.
-        batch: the geometry of the padded batch, once the first layer has read the mask.
-        mask: the very mask object that `batch` was read from.
+        batch: the geometry of the padded batch, once a layer has read its mask.
+        read: the geometries of this call, by the very mask objects that they were read from.
         carried: the packed tensor that the last layer returned, while the tokens are packed.
         may_carry: whether tokens may travel packed in this call; None until the first layer has looked.
         packed: the batches that the owner packed itself, by the very offsets that it gave the layers.
@@ -42,12 +42,25 @@ class StackCall:
     wants_hidden_states: bool = False
     position: int = 0
     batch: PackedBatch | None = None
-    mask: torch.Tensor | None = None
+    read: list[tuple[torch.Tensor | None, PackedBatch]] = field(default_factory=list)
     carried: torch.Tensor | None = None
     may_carry: bool | None = None
     packed: list[tuple[torch.Tensor, PackedBatch]] = field(default_factory=list)
     whole_input: torch.Tensor | None = None
     whole_output: torch.Tensor | None = None
+
+    def known_batch(self, mask: torch.Tensor | None, batch: int, seqlen: int) -> PackedBatch | None:
+        """The geometry that was read from this very mask for `[batch, seqlen]` tokens; None if none was."""
+        for known, found in self.read:
+            if known is mask and (found.batch, found.seqlen) == (batch, seqlen):
+                return found
+        return None
+
+    def keep_batch(self, mask: torch.Tensor | None, batch: PackedBatch) -> None:
+        """Makes `batch`, which was read from `mask`, the geometry of this call."""
+        self.batch = batch
+        if not any(found is batch for _, found in self.read):
+            self.read.append((mask, batch))
 
     def packed_batch(self, values: torch.Tensor, offsets: torch.Tensor, longest: int | None = None) -> PackedBatch:
         """The batch of `values` `[T, D]` that the owner packed: read once for all layers that are given the same offsets."""

@@ -194,7 +194,7 @@ def _geometry(
 ) -> TracedBatch:
     """Where the real tokens of `hidden` `[B, S, D]` are; read once for all layers that are given the same mask."""
     batch, seqlen = hidden.shape[:2]
-    known = call.batch if call is not None and call.mask is mask else None
+    known = call.known_batch(mask, *hidden.shape[:2]) if call is not None else None
     if isinstance(known, TracedBatch) and known.batch == batch and known.seqlen == seqlen:
         return known
     if mask is None:
@@ -204,7 +204,7 @@ def _geometry(
         indices, offsets = torch.ops.fastencoder.padding_geometry(mask, batch, seqlen, adapter.mask_marks)
         found = TracedBatch(indices, offsets, mask, batch, seqlen)
     if call is not None:
-        call.batch, call.mask = found, mask
+        call.keep_batch(mask, found)
         if call.may_carry is None:
             call.may_carry = mask is not None and _may_carry(stack, call)
     return found

@@ -48,7 +48,8 @@ SEQ2SEQ_OUTPUTS = ("encoder_last_hidden_state", "encoder_hidden_states", "encode
 
 def bert(package: str, layer: str, model: str, stack: str = "encoder.layer", **other: Any) -> Case:
     config = merge(TEXT, other.pop("config", {}))
-    return Case(package, layer, model, stack, other.pop("inputs", "text"), "post", config, **other)
+    placement = other.pop("placement", "post")
+    return Case(package, layer, model, stack, other.pop("inputs", "text"), placement, config, **other)
 
 
 def bart(package: str, layer: str, model: str, **other: Any) -> Case:

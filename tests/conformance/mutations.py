@@ -15,12 +15,18 @@ from . import weights
 Mutation = tuple[str, Callable[[nn.Module], None]]
 _KEY = ("key", "k_proj", "k_lin")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
 _SCALE = ("scaling", "scale")
+_ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 
 
 def mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
     """Every single-term mutation of each of ``layers``, which are modules of ``model``."""
     for name, layer in _named(model, layers):
         yield from _of_layer(name, layer)
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith(_ROTARY):
+            for table, _ in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
+                if table in ("weight", "inv_freq") or table.endswith("attention_inv_freq") and "original" not in table:
+                    yield f"{name}.{table}", _fill(name, table, 0.0)
 
 
 def key_bias_mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
@@ -47,7 +53,7 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             if getattr(module, "bias", None) is not None:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
-            if isinstance(getattr(module, attribute, None), float):
+            if isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) != 1.0:
                 yield f"{path}.{attribute}", _attribute(path, attribute, 1.0)
         for parameter, _ in module.named_parameters(recurse=False):
             if "lambda" in parameter:

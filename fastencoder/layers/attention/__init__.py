@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from .call import LayerCall
 from .kind import AttentionKind
-from .rope import Rope
+from .rope import RoFormerRope, Rope
+from .windowed import Windowed
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
     "plain": AttentionKind(),
-    "rope": Rope(interleaved=False),
+    "rope": Rope(),
     "rope-interleaved": Rope(interleaved=True),
+    "rope-roformer": RoFormerRope(),
+    "rope-windowed": Windowed(Rope()),
 }
 
 __all__ = ["KINDS", "AttentionKind", "LayerCall"]

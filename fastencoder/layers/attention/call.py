@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One layer, the packed batch that it is given, and the arguments of its call by name (without hidden states and mask)."""
+    """One layer, the packed batch and the mask that it is given, and the other arguments of its call by name."""
 
     binding: Binding
     projections: Projections
     batch: PackedBatch
     layer: nn.Module | None
     arguments: dict[str, Any]
+    mask: Any = None
 
     @property
     def spec(self) -> LayerSpec:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...kernels import varlen_attention
+from ...packing import PackedBatch
 from .call import LayerCall
 
 
@@ -19,6 +20,10 @@ class AttentionKind:
     """
 
     reads: frozenset[str] = frozenset()
+
+    def geometry(self, hidden: torch.Tensor, mask: torch.Tensor | None, marks: str) -> PackedBatch:
+        """Where the tokens of `hidden` `[B, S, D]` are (`PackedBatch.geometry`). May raise NotAPaddingMask."""
+        return PackedBatch.geometry(hidden, mask, marks)
 
     def features(self, call: LayerCall) -> dict[str, Any]:
         """Keyword arguments of `kernels.varlen_attention` for this call. May raise Delegated."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...parts import lookup
 from ..guards import Delegated
 from .call import LayerCall
 from .kind import AttentionKind
@@ -14,27 +15,62 @@ from .kind import AttentionKind
 class Rope(AttentionKind):
     """Queries and keys are turned by `position_embeddings`, a pair of cosines and sines `[1 or B, S, r]`.
 
+    `Adapter.options["rotary"]` may name an attribute of the layer and the value with which its attention turns anything at all.
+
     Args:
         interleaved: pairs are neighbours (2i, 2i + 1), and their angle stands twice side by side in the tables; otherwise pairs
             are (i, i + r / 2), and the second half of the tables repeats the first.
         argument: the name of the layer's argument.
+        optional: a layer that is given no tables turns nothing.
     """
 
-    def __init__(self, interleaved: bool, argument: str = "position_embeddings") -> None:
+    def __init__(
+        self, interleaved: bool = False, argument: str = "position_embeddings", optional: bool = False
+    ) -> None:
         self.interleaved = interleaved
         self.argument = argument
+        self.optional = optional
         self.reads = frozenset({argument})
 
     def features(self, call: LayerCall) -> dict[str, Any]:
-        tables = call.arguments.get(self.argument)
-        if not isinstance(tables, tuple | list) or len(tables) != 2:
-            raise Delegated(f"{self.argument} is not a pair of cosines and sines")
+        path, value = call.spec.adapter.options.get("rotary", (None, None))  # type: ignore[misc]
+        if path is not None and lookup(call.layer, path) != value:
+            return {}
+        given = call.arguments.get(self.argument)
+        if given is None and self.optional:
+            return {}
         try:
-            cos, sin = (call.batch.per_token(table, self._half) for table in tables)
+            cos, sin = (call.batch.per_token(table, prepare) for table, prepare in self.tables(given))
         except ValueError as error:
             raise Delegated(f"{self.argument}: {error}") from None
         return {"rope": (cos, sin, self.interleaved)}
 
+    def tables(self, given: Any) -> Any:
+        """Cosines and sines in the argument that was given, each with a function that makes `[1 or B, S, r / 2]` of it."""
+        if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(t, torch.Tensor) for t in given):
+            raise Delegated(f"{self.argument} is not a pair of cosines and sines")
+        return [(table, self._half) for table in given]
+
     def _half(self, table: torch.Tensor) -> torch.Tensor:
         """One angle for each pair: `[1 or B, S, r]` -> `[1 or B, S, r / 2]`."""
         return table[..., ::2] if self.interleaved else table[..., : table.shape[-1] // 2]
+
+
+class RoFormerRope(Rope):
+    """RoFormer's own: one table `[1, 1, S, d]` with sines in its first half and cosines in its second; neighbours are pairs."""
+
+    def __init__(self) -> None:
+        super().__init__(interleaved=True, argument="sinusoidal_pos", optional=True)
+
+    def tables(self, given: Any) -> Any:
+        if not isinstance(given, torch.Tensor) or given.dim() != 4 or given.shape[1] != 1:
+            raise Delegated(f"{self.argument} is not a table [1, 1, S, d]")
+        return (given, _second_half), (given, _first_half)
+
+
+def _first_half(table: torch.Tensor) -> torch.Tensor:
+    return table[:, 0, :, : table.shape[-1] // 2]
+
+
+def _second_half(table: torch.Tensor) -> torch.Tensor:
+    return table[:, 0, :, table.shape[-1] // 2 :]

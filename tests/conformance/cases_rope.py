@@ -1,0 +1,98 @@
+"""Rows of the families with rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .case import REFUSED, Case, merge
+from .cases_post_ln import TEXT, bert
+
+# Rotation wants heads of an even size; twice three heads share keys and values where the class allows it.
+LLAMA = {**TEXT, "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "pad_token_id": 0}
+LAYER_TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+WINDOWED = {"num_hidden_layers": 4, "layer_types": LAYER_TYPES}
+ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+}
+
+
+def flat(package: str, layer: str, model: str, placement: str = "pre", **other: Any) -> Case:
+    """The layers are the model's own, without an encoder module around them."""
+    config = merge(LLAMA, other.pop("config", {}))
+    return Case(package, layer, model, "layers", other.pop("inputs", "text"), placement, config, **other)
+
+
+CASES: list[Case] = [
+    bert("roformer", "RoFormerLayer", "RoFormerModel", eager_only=True),
+    bert(
+        "roformer",
+        "RoFormerLayer",
+        "RoFormerModel",
+        tag="odd",
+        config={"hidden_size": 50, "num_attention_heads": 5, "embedding_size": 21, "intermediate_size": 37},
+        eager_only=True,
+    ),
+    bert(
+        "roformer",
+        "RoFormerLayer",
+        "RoFormerModel",
+        tag="rotary_value",
+        config={"rotary_value": True},
+        expect=REFUSED,
+        why="values are turned as well",
+        eager_only=True,
+    ),
+    flat("nomic_bert", "NomicBertLayer", "NomicBertModel", "post"),
+    flat("gte", "GteLayer", "GteModel", "post"),
+    flat("jina_embeddings_v3", "JinaEmbeddingsV3Layer", "JinaEmbeddingsV3Model", "post"),
+    *(
+        Case(
+            "modernbert",
+            "ModernBertEncoderLayer",
+            "ModernBertModel",
+            "layers",
+            "text",
+            "pre",
+            merge(
+                TEXT,
+                {
+                    "num_hidden_layers": 4,
+                    "layer_types": types,
+                    "local_attention": reach * 2,
+                    "rope_parameters": ROPES,
+                    "pad_token_id": 0,
+                    "norm_bias": biases,
+                    "attention_bias": biases,
+                    "mlp_bias": biases,
+                },
+            ),
+            tag=tag,
+        )
+        for tag, types, reach, biases in (
+            ("", LAYER_TYPES, 2, False),
+            ("biases", LAYER_TYPES[::-1], 1, True),
+            ("sliding_first", LAYER_TYPES[1:] + LAYER_TYPES[1:2], 3, False),
+            ("wide_window", LAYER_TYPES, 50, False),
+        )
+    ),
+    *(
+        bert(
+            "esm",
+            "EsmLayer",
+            "EsmModel",
+            tag=tag,
+            placement="pre",
+            config={"pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": kind, "token_dropout": True},
+        )
+        for tag, kind in (("", "rotary"), ("absolute", "absolute"))
+    ),
+    flat("eurobert", "EuroBertDecoderLayer", "EuroBertModel"),
+    flat("eurobert", "EuroBertDecoderLayer", "EuroBertModel", tag="biases", config={"attention_bias": True, "mlp_bias": True}),
+    flat(
+        "ultrabert",
+        "UltrabertDecoderLayer",
+        "UltrabertModel",
+        config={**WINDOWED, "sliding_window": 2, "rope_parameters": ROPES},
+    ),
+]
