@@ -14,7 +14,16 @@ from torch import nn
 
 from . import registry
 from .families.embeddings import EMBEDDINGS
-from .layers import EmbeddingState, FastEmbeddings, FastLayer, LayerState, Stack, fast_class
+from .layers import (
+    OWNERS,
+    EmbeddingState,
+    FastEmbeddings,
+    FastLayer,
+    FastOwner,
+    LayerState,
+    Stack,
+    fast_class,
+)
 from .report import Report, check_is_module, survey
 from .runtime.graphs import GraphRunner
 from .spec import Adapter
@@ -90,7 +99,7 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     modules = dict(model.named_modules())
     class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
-    plan: list[tuple[nn.Module, type, LayerState | EmbeddingState]] = []
+    plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
     for name, layer in chosen:
         entry = registry.by_class(type(layer))
         assert entry is not None  # or it would not have been chosen
@@ -107,8 +116,11 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     plan += [
         (module, fast_class(type(module)), EmbeddingState(adapter)) for module, adapter in embeddings if adapter is not None
     ]
+    owners = [owner for owner, _ in stacks.values() if registry.qualified_name(type(owner)) in OWNERS]
+    plan += [(owner, fast_class(type(owner)), None) for owner in owners]
     for module, cls, state in plan:
-        object.__setattr__(module, _STATE[type(state)], state)
+        if state is not None:
+            object.__setattr__(module, _STATE[type(state)], state)
         module.__class__ = cls
     for owner, stack in stacks.values():
         stack.install(owner)
@@ -163,6 +175,8 @@ def reverse(model: Model) -> Model:
         if isinstance(module, FastEmbeddings):
             module.__class__ = module.original_class  # type: ignore[assignment]
             del module._fastencoder_embeddings
+        elif isinstance(module, FastOwner):
+            module.__class__ = module.original_class  # type: ignore[assignment]
     return model
 
 

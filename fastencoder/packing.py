@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -132,6 +132,44 @@ class PackedBatch:
         if found is None or found[0] is not source:
             found = self._memo[key] = (source, make())
         return found[1]
+
+    def positions(self) -> torch.Tensor:
+        """Where the tokens of each sequence are in its padded row: int64 `[B, L]` with `L = max_seqlen`. Entries behind the
+        end of a sequence are some position of the row."""
+
+        def make() -> torch.Tensor:
+            counted = torch.arange(self.max_seqlen, device=self.offsets.device)
+            if self.indices is None:
+                return counted.expand(self.batch, -1)
+            slots = (self.offsets[:-1, None] + counted).clamp(max=self.indices.shape[0] - 1)
+            return self.indices[slots] % self.seqlen
+
+        found: torch.Tensor = self.remembered(("positions",), self.offsets, make)
+        return found
+
+    @property
+    def layout(self) -> Literal["right", "run", "holes"]:
+        """How tokens lie in their padded rows: each sequence begins at position 0 and has no hole ("right" padding, if any),
+        is one run of tokens that begins anywhere, or has holes.
+
+        What counts distances between tokens may count them in the packed sequence unless there are holes; what counts
+        positions from the start of a row, only with right padding. The host asks the device once for each batch."""
+        if self.indices is None or self.indices.shape[0] == 0:
+            return "right"
+        indices = self.indices
+
+        def make() -> tuple[bool, bool]:
+            starts, ends = self.offsets[:-1], self.offsets[1:]
+            there = ends > starts
+            last_slot = indices.shape[0] - 1
+            first = indices[starts.clamp(max=last_slot).long()]
+            last = indices[(ends - 1).clamp(min=0).long()]
+            holes = there & (last - first != ends - starts - 1)
+            shifted = there & (first % self.seqlen != 0)
+            return tuple(torch.stack([holes.any(), shifted.any()]).tolist())
+
+        holes, shifted = self.remembered(("layout",), self.offsets, make)
+        return "holes" if holes else "run" if shifted else "right"
 
     def per_token(self, table: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The rows `[T, *]` of the real tokens, of a table by position: `prepare(table)` with `table` `[1 or B, S, *]`.

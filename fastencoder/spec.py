@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NormPlacement = Literal["post", "pre"]
-Clamp = Literal["none", "non-finite", "always"]
+Clamp = Literal["none", "non-finite", "always", "each-block"]
 
 LINEAR_SLOTS = ("query", "key", "value", "qkv", "out", "gate", "up", "down")
 NORM_SLOTS = (
@@ -90,9 +90,12 @@ class Adapter:
             paths all exist in the layer is used.
         mask: name of the parameter of the layer's `forward` that carries the attention mask.
         mask_marks: what True means in a two-dimensional boolean mask that reaches the layer.
-        clamp: what the layer does to its fp16 output: nothing, clamp it if any value is not finite, or always clamp.
+        clamp: what the layer does to its fp16 output: nothing, clamp it if any value is not finite, or always clamp; or clamp
+            after each block if any value is infinite.
         extra_outputs: None for a layer that returns a tensor, otherwise how many values follow the hidden states in the
             tuple that it returns (they are None unless attentions are asked for).
+        gives_back: the arguments of the layer's `forward` that come first among those extra outputs, as they are after the
+            call: a kind of attention may make one that was not given (T5's first layer makes the bias of all).
         time_major: True if hidden states arrive as `[S, B, D]`.
         attention: what attention adds to queries, keys and values: a name of `fastencoder.layers.attention.KINDS`.
         qkv_order: how the rows of a `qkv` projection lie: all queries, then all keys, then all values ("qkv"), or queries, keys
@@ -127,6 +130,7 @@ class Adapter:
     mask_marks: Literal["tokens", "padding"] = "tokens"
     clamp: Clamp = "none"
     extra_outputs: int | None = None
+    gives_back: tuple[str, ...] = ()
     time_major: bool = False
     attention: str = "plain"
     qkv_order: Literal["qkv", "heads"] = "qkv"

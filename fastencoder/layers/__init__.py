@@ -4,6 +4,17 @@ from .classes import fast_class
 from .fast_embeddings import EmbeddingState, FastEmbeddings
 from .fast_layer import FastLayer, LayerState
 from .guards import Delegated
+from .owners import OWNERS, FastOwner
 from .stack import Stack
 
-__all__ = ["Delegated", "EmbeddingState", "FastEmbeddings", "FastLayer", "LayerState", "Stack", "fast_class"]
+__all__ = [
+    "OWNERS",
+    "Delegated",
+    "EmbeddingState",
+    "FastEmbeddings",
+    "FastLayer",
+    "FastOwner",
+    "LayerState",
+    "Stack",
+    "fast_class",
+]

@@ -1,4 +1,4 @@
-"""Fast classes: for each class of layers or embeddings a subclass that can be found again by name, as pickle and deepcopy need.
+"""Fast classes: for each class of layers, embeddings or owners a subclass that is found again by name, as pickle needs it.
 
 `FastBertLayer` is `getattr(fastencoder.layers.classes, "transformers/models/bert/modeling_bert:BertLayer")`: the subclass of
 the class of that name, made when it is first asked for. (A dot would make pickle look for attributes of attributes.)
@@ -15,15 +15,19 @@ from ..families.embeddings import EMBEDDINGS
 from ..registry import qualified_name
 from .fast_embeddings import FastEmbeddings
 from .fast_layer import FastLayer
+from .owners import OWNERS, FastOwner
 
-_made: dict[type[nn.Module], type[FastLayer] | type[FastEmbeddings]] = {}
+Mixin = type[FastLayer] | type[FastEmbeddings] | type[FastOwner]
+
+_made: dict[type[nn.Module], Mixin] = {}
 
 
-def fast_class(original_class: type[nn.Module]) -> type[FastLayer] | type[FastEmbeddings]:
-    """The fast subclass of a class of layers or embeddings; always the same object for the same class."""
+def fast_class(original_class: type[nn.Module]) -> Mixin:
+    """The fast subclass of a class of layers, embeddings or owners; always the same object for the same class."""
     if original_class in _made:
         return _made[original_class]
-    mixin = FastEmbeddings if qualified_name(original_class) in EMBEDDINGS else FastLayer
+    name = qualified_name(original_class)
+    mixin: Mixin = FastEmbeddings if name in EMBEDDINGS else OWNERS.get(name, FastLayer)
     fast = type(f"Fast{original_class.__name__}", (mixin, original_class), {"original_class": original_class})
     fast.__module__ = __name__
     fast.__qualname__ = f"{original_class.__module__}:{original_class.__qualname__}".replace(".", "/")

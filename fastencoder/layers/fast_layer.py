@@ -20,6 +20,7 @@ from . import traced
 from .arguments import first_parameter, read_arguments
 from .attention import KINDS
 from .binding import Binding
+from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
 from .joined import separate
 from .program import run_layer
@@ -133,6 +134,17 @@ class FastLayer(nn.Module):
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
+        output = self._run(run, binding, call, hidden, mask, others)
+        if adapter.gives_back:
+            given_back = [others.get(name) for name in adapter.gives_back]
+            output = (output[0], *given_back, *output[1 + len(given_back) :])
+        return output
+
+    def _run(
+        self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
+    ) -> Any:
+        """In the form in which the hidden states arrive: packed by the layer before, by the owner, nested, or padded."""
+        adapter = binding.spec.adapter
         if adapter.offsets:
             return self._run_packed_by_owner(run, adapter, call, hidden, others)
         if hidden.is_nested:
@@ -230,6 +242,8 @@ class FastLayer(nn.Module):
                 kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
                 call.carried = call.whole_output = None
             call.advance(self)
+        args = tuple(restored(value) for value in args)
+        kwargs = {name: restored(value) for name, value in kwargs.items()}
         return super().forward(*args, **kwargs)
 
 

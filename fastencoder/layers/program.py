@@ -29,7 +29,7 @@ def run_layer(
     `layer`, `arguments`, the call's own by name, and `mask` are there for the kinds of attention that need them.
     """
     spec = binding.spec
-    call = LayerCall(binding, projections, batch, layer, arguments or {}, mask)
+    call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
     program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     working_dtype = projections.working_dtype(x.shape[0])
     return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
@@ -53,6 +53,9 @@ def _pre_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     if "output_norm1" in call.binding.norms:
         added, _ = call.norm("output_norm1", projections.out(mixed))
         normed, x = call.norm("norm2", added, x, scale1)
+    elif call.spec.adapter.clamp == "each-block" and x.dtype == torch.float16:
+        x = clamp(projections.out(mixed, residual=x, scale=scale1), call.spec)
+        normed, _ = call.norm("norm2", x)
     else:
         normed, x = _project_add_norm(call, projections.out, mixed, x, "norm2", scale1)
     if call.binding.feed_forward is None and "output_norm2" not in call.binding.norms:
@@ -112,5 +115,6 @@ def clamp(x: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     if spec.adapter.clamp == "always":
         return x.clamp(-bound, bound)
     # The condition stays on the device: a branch would wait for the GPU in every layer.
-    limit = torch.where(torch.isfinite(x).all(), float("inf"), bound).to(x.dtype)
+    overflow = torch.isinf(x).any() if spec.adapter.clamp == "each-block" else ~torch.isfinite(x).all()
+    limit = torch.where(overflow, bound, float("inf")).to(x.dtype)
     return torch.minimum(torch.maximum(x, -limit), limit)

@@ -34,6 +34,7 @@ UNMASKED = (NONE, SINGLE)
 PATTERNS: dict[str, tuple[str, ...]] = {
     "text": ALL,
     "seq2seq": ALL,
+    "text_with_boxes": ALL,
     "series": ALL,
     "lxmert": ALL,
     "characters": ALL,
@@ -127,6 +128,16 @@ def _text(case: Case, model: nn.Module, pattern: str, generator: torch.Generator
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     return Batch(inputs, None if attention_mask is None else attention_mask.bool())
+
+
+def _text_with_boxes(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """Words and where they are on the page: boxes (x0, y0, x1, y1), as integers or as fractions of the page."""
+    batch = _text(case, model, pattern, generator)
+    page = case.options.get("page", 1.0)
+    corners = page * torch.rand(*batch.inputs["input_ids"].shape, 2, 2, generator=generator)
+    corners = corners if page == 1.0 else corners.long()
+    batch.inputs["bbox"] = corners.sort(dim=-2).values.flatten(-2)
+    return batch
 
 
 def _text_and_image(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

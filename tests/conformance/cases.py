@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from . import cases_post_ln, cases_pre_ln, cases_rope
+from . import (
+    cases_bias,
+    cases_post_ln,
+    cases_pre_ln,
+    cases_rope,
+)
 from .case import Case
 
-CASES: list[Case] = [*cases_post_ln.CASES, *cases_pre_ln.CASES, *cases_rope.CASES]
+_FILES = (
+    cases_bias,
+    cases_post_ln,
+    cases_pre_ln,
+    cases_rope,
+)
+CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 BY_ID: dict[str, Case] = {case.id: case for case in CASES}
 assert len(BY_ID) == len(CASES), "two rows share one id: give one a tag"
 

@@ -13,7 +13,7 @@ from torch import nn
 from . import weights
 
 Mutation = tuple[str, Callable[[nn.Module], None]]
-_KEY = ("key", "k_proj", "k_lin")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+_KEY = ("key", "k_proj", "k_lin", "k")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
 _SCALE = ("scaling", "scale")
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 
@@ -53,8 +53,10 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             if getattr(module, "bias", None) is not None:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
-            if isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) != 1.0:
-                yield f"{path}.{attribute}", _attribute(path, attribute, 1.0)
+            if isinstance(getattr(module, attribute, None), float):
+                yield f"{path}.{attribute}", _attribute(path, attribute, 0.5 if getattr(module, attribute) == 1.0 else 1.0)
+        if isinstance(module, nn.Embedding):  # a table of biases by distance
+            yield f"{path}.weight", _fill(path, "weight", 0.0)
         for parameter, _ in module.named_parameters(recurse=False):
             if "lambda" in parameter:
                 yield f"{path}.{parameter}", _fill(path, parameter, 1.0)

@@ -19,10 +19,12 @@ NORM_WEIGHT_STD = 0.4  # of their mean
 NORM_BIAS_STD = 0.5
 EPS_RATIO = (2.5, 3.5, 3.0)  # eps over the variance that it is added to, by position of the norm inside its layer
 SPREAD = {"query": 1.0, "key": 1.5, "value": 1.5, "other": 1.0}  # of a linear's output, from token to token of a row
+BIAS_TABLE_STD = 2.0  # of what is added to scores, by distance
+BIAS_TABLES = ("relative_attention_bias", "rel_attn_embed")
 _ROLES = {
-    "query": ("query", "q_proj", "q_lin"),
-    "key": ("key", "k_proj", "k_lin"),
-    "value": ("value", "v_proj", "v_lin"),
+    "query": ("query", "q_proj", "q_lin", "q"),
+    "key": ("key", "k_proj", "k_lin", "k"),
+    "value": ("value", "v_proj", "v_lin", "v"),
 }
 
 
@@ -30,7 +32,7 @@ def is_norm(module: nn.Module) -> bool:
     """A norm over the last dimension: LayerNorm, a subclass of it, or an RMS norm of transformers."""
     if isinstance(module, nn.LayerNorm):
         return True
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
+    return type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and hasattr(module, "weight")
 
 
 def norms(layer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -118,6 +120,8 @@ def _draw(
         return NORM_BIAS_STD * normal if name == "bias" else 1.0 + NORM_WEIGHT_STD * normal
     if "lambda" in name or "layer_scale" in name or name == "gamma":
         return 0.3 + 1.4 * torch.rand(parameter.shape, generator=generator)
+    if module_name in BIAS_TABLES:
+        return BIAS_TABLE_STD * normal
     if isinstance(module, nn.Embedding) or parameter.dim() == 3 and parameter.shape[0] == 1:
         return normal  # tables, class tokens and positions
     if name.endswith("bias") or parameter.dim() == 1:

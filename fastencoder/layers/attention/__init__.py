@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from .call import LayerCall
 from .kind import AttentionKind
+from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
 from .windowed import Windowed
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
     "plain": AttentionKind(),
+    "position-bias": PositionBias(),
+    "t5": T5Bias(shared=True),
+    "t5-own": T5Bias(shared=False),
     "rope": Rope(),
     "rope-interleaved": Rope(interleaved=True),
     "rope-roformer": RoFormerRope(),
