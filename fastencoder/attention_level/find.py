@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from .. import registry
 from ..layers import FastLayer
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
-from .padding import what_reads_padding
+from .padding import ancestors, what_reads_padding
 from .varlen import AttentionState, VarlenAttention
 
 
@@ -49,7 +48,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
             continue
         owner = _owner(name, modules)
         if owner is not None and _is_encoder_code(name, owner, modules):
-            found.append(AttentionSite(name, module, owner, what_reads_padding(name, own_class(module), modules)))
+            found.append(AttentionSite(name, module, owner, what_reads_padding(name, modules)))
     return found
 
 
@@ -79,7 +78,7 @@ def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:
 
 def _is_encoder_code(name: str, owner: str, modules: dict[str, nn.Module]) -> bool:
     """Whether everything between an attention module and its owner is transformers' own, and no decoder's layer."""
-    for path in _ancestors(name):
+    for path in ancestors(name):
         if path == owner:
             return True
         cls = type(modules[path])
@@ -92,14 +91,9 @@ def _is_encoder_code(name: str, owner: str, modules: dict[str, nn.Module]) -> bo
 
 def _owner(name: str, modules: dict[str, nn.Module]) -> str | None:
     """The nearest model around a module, or the outermost module; None if that model's attention cannot be chosen."""
-    for path in _ancestors(name):
+    for path in ancestors(name):
         module: Any = modules.get(path)
         if hasattr(module, "_supports_attention_backend") and hasattr(module, "_supports_sdpa"):
             return path if module._supports_attention_backend or module._supports_sdpa else None
     return ""
 
-
-def _ancestors(name: str) -> Iterator[str]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield name

@@ -121,7 +121,7 @@ class VarlenAttention(nn.Module):
 def _refuse(module: VarlenAttention, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raises Delegated for a call that is not plain self-attention in evaluation."""
     name = implementation_of(module)
-    if name not in KNOWN_FUNCTIONS:
+    if name not in (*KNOWN_FUNCTIONS, NAME):
         raise Delegated(f"the model's attention implementation is {name!r}")
     given = read_arguments(module.original_class, args, kwargs)
     for argument in _NOT_PLAIN:
