@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from . import registry
+from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
 from .layers import (
     OWNERS,
@@ -43,11 +44,11 @@ class NotEligibleError(ValueError):
 
 
 class AlreadyFastError(ValueError):
-    """The model has fast layers already."""
+    """The model is fast already."""
 
 
 class NotFastError(ValueError):
-    """The model has no fast layer."""
+    """Nothing in the model is fast."""
 
 
 def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Model:
@@ -55,6 +56,9 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
 
     Answers do not change: what the fused layers cannot compute exactly (a custom attention mask, `output_attentions`,
     training, a needed gradient, ...) runs through the original layers. Hidden states at padding become zeros.
+
+    Layers of a class that is not known keep their own code. If their attention goes through transformers' attention
+    interface, it leaves padding out (`explain` says "attention" for these, and "layer" for the others).
 
     Args:
         model: a model of transformers, or any module that contains its encoder layers.
@@ -69,21 +73,22 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
 
     Raises:
         NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was.
-        AlreadyFastError: the model has fast layers already.
+        AlreadyFastError: the model is fast already.
         TypeError: `model` is not a module.
     """
     if is_fast(model):
         raise AlreadyFastError(f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew.")
     found = survey(model)
     report = Report(type(model).__name__, [row for row, _ in found])
-    chosen = [(row.name, layer) for row, layer in found if row.status == "eligible"]
+    chosen = [(row.name, layer) for row, layer in found if row.status == "eligible" and row.level == "layer"]
+    sites = find_sites(model)
     if strict and any(row.status == "refused" for row in report):
         raise NotEligibleError(
             f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\n"
             "Nothing was changed. to_fast(model, strict=False) converts the layers that are eligible.",
             report,
         )
-    if not chosen:
+    if not chosen and not sites:
         reasons = report.reasons("refused", "left alone") or "  it has no encoder layer of a registered class"
         raise NotEligibleError(
             f"{type(model).__name__} has no layer that can be made fast:\n{reasons}\n"
@@ -91,6 +96,7 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
             report,
         )
     _swap(model, chosen, cuda_graphs)
+    _swap_attention(model, sites)
     return model
 
 
@@ -126,6 +132,13 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
         stack.install(owner)
 
 
+def _swap_attention(model: nn.Module, sites: list[AttentionSite]) -> None:
+    for site in sites:
+        site.convert()
+    for owner in dict.fromkeys(site.owner for site in sites):
+        Window.install(model.get_submodule(owner))
+
+
 def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> tuple[str, str] | None:
     """(path of the owner, path of the container inside it) of the layer at `name`, or None if it is in no list."""
     parts = name.split(".")
@@ -159,14 +172,18 @@ def reverse(model: Model) -> Model:
         The same object.
 
     Raises:
-        NotFastError: the model has no fast layer.
+        NotFastError: nothing in the model is fast.
         TypeError: `model` is not a module.
     """
-    layers = fast_layers(model)
-    if not layers:
+    if not is_fast(model):
         raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
+    layers = fast_layers(model)
     for module in model.modules():
         Stack.remove(module)
+        Window.remove(module)
+        if isinstance(module, VarlenAttention):
+            module.__class__ = module.original_class  # type: ignore[assignment]
+            del module._fastencoder_attention
     for layer in layers:
         layer._fastencoder.release(layer)
         layer.__class__ = layer.original_class  # type: ignore[assignment]
@@ -181,8 +198,8 @@ def reverse(model: Model) -> Model:
 
 
 def is_fast(model: nn.Module) -> bool:
-    """Whether any layer of the model is fast. Raises TypeError if `model` is not a module."""
-    return bool(fast_layers(model))
+    """Whether any layer of the model is fast, or its attention alone. Raises TypeError if `model` is not a module."""
+    return bool(fast_layers(model)) or any(isinstance(module, VarlenAttention) for module in model.modules())
 
 
 def fast_layers(model: nn.Module) -> list[FastLayer]:

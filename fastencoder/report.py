@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from . import registry
+from .attention_level import AttentionSite, AttentionState, VarlenAttention, find_sites, own_class
 from .eligibility import Finding, inspect_layer
 from .families.left_out import LEFT_OUT
-from .layers import FastLayer
+from .layers import FastLayer, LayerState
 from .layers.weights import extra_bytes
 
 if TYPE_CHECKING:
@@ -29,15 +30,19 @@ class LayerRow:
         name: dotted path from the model.
         layer_class: qualified name of its (original) class.
         family: what it computes, or None if its class is not known.
+        level: how much of it is or would be fast: "layer" (all of it), "attention" (it keeps its own code, and padding is
+            left out of its attention) or None.
         status: "fast" (converted), "eligible", "refused" (a known encoder layer that fails a check) or "left alone" (no
             encoder layer, or of a class that is not known).
-        reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did.
+        reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did; at the
+            level "attention", also why batches with padding run the original attention, if they do.
         extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
     """
 
     name: str
     layer_class: str
     family: str | None
+    level: str | None
     status: str
     reasons: tuple[str, ...]
     extra_bytes: int
@@ -65,6 +70,15 @@ class Report:
         return bool(self._with("eligible")) and not self._with("refused")
 
     @property
+    def levels(self) -> dict[str, str | None]:
+        """For each layer class, the level that all of its layers reach; None if some of them reach none."""
+        found: dict[str, set[str | None]] = {}
+        for row in self.rows:
+            found.setdefault(row.layer_class, set()).add(row.level)
+        order = (None, "attention", "layer")
+        return {layer_class: min(levels, key=order.index) for layer_class, levels in found.items()}
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes beside the model's own parameters, of all layers that are or would be fast."""
         return sum(row.extra_bytes for row in self.rows)
@@ -90,12 +104,16 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.summary(), title_justify="left", width=100)
-        for heading, ratio in (("layer", 5), ("class", 4), ("family", 2), ("status", 2), ("why not", 6)):
+        for heading, ratio in (("layer", 5), ("class", 4), ("family", 2)):
             table.add_column(heading, ratio=ratio, overflow="fold")
+        for heading in ("level", "status"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("why not", ratio=6, overflow="fold")
         for names, row in self._runs():
             colour = {"fast": "green", "eligible": "green", "refused": "red"}.get(row.status, "dim")
             class_name = row.layer_class.rpartition(".")[2]
-            table.add_row(names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", "; ".join(row.reasons))
+            status = f"[{colour}]{row.status}[/]"
+            table.add_row(names, class_name, row.family or "-", row.level or "-", status, "; ".join(row.reasons))
         return table
 
     def _runs(self) -> Iterator[tuple[str, LayerRow]]:
@@ -128,7 +146,8 @@ class Report:
 
 def _alike(a: LayerRow, b: LayerRow) -> bool:
     parent_a, parent_b = a.name.rpartition(".")[0], b.name.rpartition(".")[0]
-    return (parent_a, a.layer_class, a.status, a.reasons) == (parent_b, b.layer_class, b.status, b.reasons)
+    said_a, said_b = (a.layer_class, a.level, a.status, a.reasons), (b.layer_class, b.level, b.status, b.reasons)
+    return parent_a == parent_b and said_a == said_b
 
 
 def _some(names: list[str]) -> str:
@@ -155,12 +174,42 @@ def check_is_module(model: object) -> None:
 def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, nn.Module]]:
     """A row for each encoder layer, with the layer itself."""
     check_is_module(model)
+    sites: dict[str, list[AttentionSite]] = {}
+    around = set()  # containers of such layers are no layers
+    for site in find_sites(model):
+        path = _layer_around(site, model)
+        sites.setdefault(path, []).append(site)
+        around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
     for name, module in model.named_modules():
-        row = _row(name, module, allow_meta)
-        if row is not None:
+        if name in sites:
+            rows.append((_row_of_attention(name, module, sites[name]), module))
+        elif (row := _row(name, module, allow_meta)) is not None and not (row.level is None and name in around):
             rows.append((row, module))
     return rows
+
+
+def _layer_around(site: AttentionSite, model: nn.Module) -> str:
+    """The innermost element of a list that has weights beside this attention; the attention itself if there is none."""
+    path = site.name
+    while path := path.rpartition(".")[0]:
+        if path.rpartition(".")[2].isdigit():
+            inside = site.name.removeprefix(f"{path}.") + "."
+            parameters = model.get_submodule(path).named_parameters()
+            if any(parameter.dim() > 1 and not name.startswith(inside) for name, parameter in parameters):
+                return path
+    return site.name
+
+
+def _row_of_attention(name: str, module: nn.Module, sites: list[AttentionSite]) -> LayerRow:
+    converted = [site.module for site in sites if isinstance(site.module, VarlenAttention)]
+    reasons = dict.fromkeys(site.padding_is_read for site in sites if site.padding_is_read)
+    kept = tuple(f"padding stays in the attention: {reason}" for reason in reasons)
+    for attention in converted:
+        kept += _delegations(attention._fastencoder_attention, "attention")
+    layer_class = own_class(module)
+    status = "fast" if converted else "eligible"
+    return LayerRow(name, registry.qualified_name(layer_class), None, "attention", status, tuple(dict.fromkeys(kept)), 0)
 
 
 def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
@@ -171,22 +220,23 @@ def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
         if entry is None:
             reason = _unknown(name, module)
             class_name = registry.qualified_name(type(module))
-            return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
+            return LayerRow(name, class_name, None, None, "left alone", (reason,), 0) if reason else None
         layer_class, adapter = type(module), entry.adapter
     class_name = registry.qualified_name(layer_class)
     finding = inspect_layer(module, layer_class, adapter, allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
     if isinstance(module, FastLayer):
-        return LayerRow(name, class_name, adapter.family, "fast", _delegations(module), memory)
-    return LayerRow(name, class_name, adapter.family, _status(finding), finding.reasons, memory)
+        reasons = _delegations(module._fastencoder, "layer")
+        return LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, memory)
+    level = "layer" if finding.spec else None
+    return LayerRow(name, class_name, adapter.family, level, _status(finding), finding.reasons, memory)
 
 
-def _delegations(layer: FastLayer) -> tuple[str, ...]:
-    state = layer._fastencoder
+def _delegations(state: LayerState | AttentionState, what: str) -> tuple[str, ...]:
     if not state.delegated_calls:
         return ()
     every = state.delegated_calls + state.fast_calls
-    return (f"{state.delegated_calls} of {every} calls ran the original layer; the latest because {state.last_reason}",)
+    return (f"{state.delegated_calls} of {every} calls ran the original {what}; the latest because {state.last_reason}",)
 
 
 def _status(finding: Finding) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from .conversion import NotFastError, fast_layers
+from .conversion import NotFastError, fast_layers, is_fast
 from .layers import Delegated, FastLayer, Stack
 from .layers.guards import refuse_mode
 from .layers.program import run_layer
@@ -47,7 +47,7 @@ def _lengths(shape: tuple[int, int] | Sequence[int]) -> list[int]:
 def _runs(model: nn.Module) -> Iterator[tuple[Stack | None, list[FastLayer]]]:
     """The fast layers in the order in which they run: by stack, and one by one where they are in none."""
     layers = fast_layers(model)
-    if not layers:
+    if not is_fast(model):
         raise NotFastError(f"{type(model).__name__} is not fast: call to_fast(model) before warmup(model, ...).")
     for module in model.modules():
         for stack in Stack.installed(module):
