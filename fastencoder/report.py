@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import registry
+from . import fingerprints, registry
 from .eligibility import Finding, inspect_layer
-from .layers import FastLayer
+from .layers import FastLayer, trial
 from .layers.weights import extra_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class LayerRow:
             encoder layer, or of a class that is not known).
         reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did.
         extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
+        notes: how it is known what it computes, if not by its class's name.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerRow:
     status: str
     reasons: tuple[str, ...]
     extra_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Report:
@@ -89,12 +91,13 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.summary(), title_justify="left", width=100)
-        for heading, ratio in (("layer", 5), ("class", 4), ("family", 2), ("status", 2), ("why not", 6)):
+        for heading, ratio in (("layer", 5), ("class", 4), ("family", 2), ("status", 2), ("why", 6)):
             table.add_column(heading, ratio=ratio, overflow="fold")
         for names, row in self._runs():
             colour = {"fast": "green", "eligible": "green", "refused": "red"}.get(row.status, "dim")
             class_name = row.layer_class.rpartition(".")[2]
-            table.add_row(names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", "; ".join(row.reasons))
+            why = "; ".join(row.reasons + row.notes)
+            table.add_row(names, class_name, row.family or "-", f"[{colour}]{row.status}[/]", why)
         return table
 
     def _runs(self) -> Iterator[tuple[str, LayerRow]]:
@@ -127,7 +130,8 @@ class Report:
 
 def _alike(a: LayerRow, b: LayerRow) -> bool:
     parent_a, parent_b = a.name.rpartition(".")[0], b.name.rpartition(".")[0]
-    return (parent_a, a.layer_class, a.status, a.reasons) == (parent_b, b.layer_class, b.status, b.reasons)
+    alike = (a.layer_class, a.status, a.reasons, a.notes) == (b.layer_class, b.status, b.reasons, b.notes)
+    return alike and parent_a == parent_b
 
 
 def _some(names: list[str]) -> str:
@@ -155,29 +159,49 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
     """A row for each encoder layer, with the layer itself."""
     check_is_module(model)
     rows = []
+    in_lists = {id(each) for parent in model.modules() if isinstance(parent, nn.ModuleList) for each in parent}
+    found: dict[tuple[type, bool], fingerprints.Known | None] = {}
     for name, module in model.named_modules():
-        row = _row(name, module, allow_meta)
+        cls = module.original_class if isinstance(module, FastLayer) else type(module)
+        is_placed = id(module) in in_lists and _has_weights(module)
+        if (cls, is_placed) not in found:
+            found[cls, is_placed] = fingerprints.find(cls, by_source=is_placed)
+        row = _row(name, module, found[cls, is_placed], allow_meta)
         if row is not None:
             rows.append((row, module))
     return rows
 
 
-def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
+def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_meta: bool) -> LayerRow | None:
     if isinstance(module, FastLayer):  # it keeps its adapter, whatever the registry says by now
         layer_class, adapter = module.original_class, module._fastencoder.adapter
     else:
-        entry = registry.by_class(type(module))
-        if entry is None:
+        if known is None:
             reason = _unknown(name, module)
             class_name = registry.qualified_name(type(module))
             return LayerRow(name, class_name, None, "left alone", (reason,), 0) if reason else None
-        layer_class, adapter = type(module), entry.adapter
+        layer_class, adapter = type(module), known.adapter
     class_name = registry.qualified_name(layer_class)
     finding = inspect_layer(module, layer_class, adapter, allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
+    notes = _notes(module, known)
     if isinstance(module, FastLayer):
-        return LayerRow(name, class_name, adapter.family, "fast", _delegations(module), memory)
-    return LayerRow(name, class_name, adapter.family, _status(finding), finding.reasons, memory)
+        return LayerRow(name, class_name, adapter.family, "fast", _delegations(module), memory, notes)
+    status, reasons = _status(finding), finding.reasons
+    failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
+    if status == "eligible" and failed is not None:
+        status, reasons, memory = "refused", (failed,), 0
+    return LayerRow(name, class_name, adapter.family, status, reasons, memory, notes if status == "eligible" else ())
+
+
+def _notes(module: nn.Module, known: fingerprints.Known | None) -> tuple[str, ...]:
+    if known is not None and known.like is not None:
+        return (f"same source as {known.like.rpartition('.')[2]}",)
+    if known is None or not known.unproven:
+        return ()
+    if isinstance(module, FastLayer) and len(module._fastencoder.to_prove) < len(trial.KINDS):
+        return ("checked numerically against its own forward: its source differs from the tested versions",)
+    return ("its source differs from the tested versions: its first call is checked against its own forward",)
 
 
 def _delegations(layer: FastLayer) -> tuple[str, ...]:
@@ -199,7 +223,7 @@ def _unknown(name: str, module: nn.Module) -> str | None:
     parts = name.split(".")
     if len(parts) < 2 or not parts[-1].isdigit() or parts[-2] not in _LAYER_NAMES:
         return None
-    if not any(parameter.dim() == 2 for parameter in module.parameters()):
+    if not _has_weights(module):
         return None
     known = next((base for base in type(module).__mro__[1:] if registry.by_class(base)), None)
     if known is not None:
@@ -207,3 +231,7 @@ def _unknown(name: str, module: nn.Module) -> str | None:
     if "decoder" in name.lower() or "decoder" in type(module).__name__.lower():
         return "a decoder layer"
     return "this layer class is not registered"
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() == 2 for parameter in module.parameters())
