@@ -37,6 +37,10 @@ _STATE = {LayerState: "_fastencoder", EmbeddingState: "_fastencoder_embeddings"}
 _MIX_POSITIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
 
 
+# What holds the layers that a module calls one after the other.
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
 class NotEligibleError(ValueError):
     """The model, or something in it, cannot be made fast; `report` says what and why. The model is untouched."""
 
@@ -153,10 +157,10 @@ def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> t
         if container == ["albert_layer_groups"] and hasattr(modules.get(owner), "config"):
             return owner, container[0]
         return None
-    if not isinstance(modules.get(".".join(parts[:-1])), nn.ModuleList):
+    if not isinstance(modules.get(".".join(parts[:-1])), _LISTS):
         return None
     depth = len(parts) - 1
-    while depth > 0 and isinstance(modules[".".join(parts[:depth])], nn.ModuleList):
+    while depth > 0 and isinstance(modules[".".join(parts[:depth])], _LISTS):
         depth -= 1
     return ".".join(parts[:depth]), ".".join(parts[depth:-1])
 

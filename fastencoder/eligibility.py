@@ -88,7 +88,8 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
 def _missing(layer: nn.Module, names: NameMap) -> list[str]:
     paths = [*names.given((*LINEAR_SLOTS, *NORM_SLOTS, *LAYER_SCALE_SLOTS, "activation", "feed_forward")).values()]
     paths += names.given(("heads", "kv_heads", "head_dim")).values()
-    return [path for path in paths if lookup(layer, path) is None]
+    absent = [path for path in paths if lookup(layer, path) is None]
+    return absent + [path for path in names.given(NORM_SLOTS).values() if type(lookup(layer, path)) is nn.Identity]
 
 
 def _checks(

@@ -126,6 +126,18 @@ class PackedBatch:
             self._tiles[queries] = _to_device(tile_list(self.lengths, queries), self.offsets.device)
         return self._tiles.get(queries)
 
+    def joined(self, count: int) -> PackedBatch:
+        """The same tokens, with every `count` neighbouring sequences as one.
+
+        Raises:
+            ValueError: `count` does not divide the number of sequences, or some have padding.
+        """
+        if self.batch % count or self.indices is not None or self.lengths is None:
+            raise ValueError(f"{self.batch} sequences, or their padding, cannot be joined by {count}")
+        lengths = tuple(sum(self.lengths[first : first + count]) for first in range(0, self.batch, count))
+        offsets = self.offsets[::count].contiguous()
+        return PackedBatch(self.values, offsets, max(lengths), None, self.batch // count, self.seqlen * count, lengths)
+
     def remembered(self, key: tuple[Any, ...], source: torch.Tensor, make: Callable[[], Any]) -> Any:
         """What `make()` returned for this key and this very tensor: every layer of a batch is given the same one."""
         found = self._memo.get(key)

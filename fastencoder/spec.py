@@ -86,10 +86,13 @@ class Adapter:
 
     Args:
         norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`.
-        names: where the parts are. Several maps may be given where versions of transformers differ: the first one whose
-            paths all exist in the layer is used.
-        mask: name of the parameter of the layer's `forward` that carries the attention mask.
+        names: where the parts are. Several maps may be given where versions of transformers or configurations differ: the
+            first one whose paths all exist in the layer is used. A norm that is an `nn.Identity` does not exist.
+        former_names: older names of the layer's arguments that it still takes, with what they are called now.
+        mask: name of the parameter of the layer's `forward` that carries the attention mask; "" for a layer that takes none,
+            or whose kind of attention reads it.
         mask_marks: what True means in a two-dimensional boolean mask that reaches the layer.
+        mask_by_head: True if the mask that reaches the layer is materialised for every head, all heads alike.
         clamp: what the layer does to its fp16 output: nothing, clamp it if any value is not finite, or always clamp; or clamp
             after each block if any value is infinite.
         extra_outputs: None for a layer that returns a tensor, otherwise how many values follow the hidden states in the
@@ -105,6 +108,7 @@ class Adapter:
         activation: the feed-forward block's activation where the layer has no module for it: a name of
             `fastencoder.kernels.ACTIVATIONS`.
         scale: the factor on the scores where the layer has no attribute for it and it is not `head_dim ** -0.5`.
+        scale_by_tanh: True if LayerScale's parameters are one number each, and its hyperbolic tangent is the scale.
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
         offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
@@ -128,6 +132,7 @@ class Adapter:
     names: tuple[NameMap, ...]
     mask: str = "attention_mask"
     mask_marks: Literal["tokens", "padding"] = "tokens"
+    mask_by_head: bool = False
     clamp: Clamp = "none"
     extra_outputs: int | None = None
     gives_back: tuple[str, ...] = ()
@@ -137,8 +142,10 @@ class Adapter:
     gated_up: Literal["", "first", "second"] = ""
     activation: str = ""
     scale: float | None = None
+    scale_by_tanh: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
+    former_names: Mapping[str, str] = field(default_factory=dict)
     offsets: str = ""
     extra_parameters: tuple[str, ...] = ()
     label: str = ""

@@ -12,6 +12,7 @@ from ..spec import Adapter
 from . import (
     post_ln,
     pre_ln,
+    pre_ln_vision,
     relative_bias,
     rope,
     t5,
@@ -20,6 +21,7 @@ from . import (
 _FAMILIES = (
     post_ln,
     pre_ln,
+    pre_ln_vision,
     relative_bias,
     rope,
     t5,

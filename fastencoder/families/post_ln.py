@@ -100,6 +100,46 @@ WAV2VEC2 = Adapter(
     padding_readers=("TDNNLayer",),
 )
 
+# The mask is additive and repeated for every head.
+PROPHETNET = Adapter(
+    "post",
+    (
+        NameMap(
+            query="self_attn.query_proj",
+            key="self_attn.key_proj",
+            value="self_attn.value_proj",
+            out="self_attn.out_proj",
+            norm1="self_attn_layer_norm",
+            up="feed_forward.intermediate",
+            activation="feed_forward.activation_fn",
+            down="feed_forward.output",
+            norm2="feed_forward_layer_norm",
+            heads="self_attn.num_attn_heads",
+        ),
+    ),
+    extra_outputs=0,
+    mask_by_head=True,
+)
+
+TVP = Adapter(
+    "post",
+    (
+        NameMap(
+            query="attention.query",
+            key="attention.key",
+            value="attention.value",
+            out="attention.dense",
+            norm1="attention.layer_norm",
+            up="intermediate.dense",
+            activation="intermediate.intermediate_act_fn",
+            down="output.dense",
+            norm2="output.layer_norm",
+            heads="attention.num_attention_heads",
+        ),
+    ),
+    extra_outputs=0,
+)
+
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
         BERT,
@@ -142,6 +182,8 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
         replace(BERT, decoder="GIT's text layers are a causal decoder"),
         {"git.modeling_git.GitLayer": "git"},
     ),
+    (PROPHETNET, {"prophetnet.modeling_prophetnet.ProphetNetEncoderLayer": "prophetnet"}),
+    (TVP, {"tvp.modeling_tvp.TvpEncodeLayer": "tvp"}),
     (DISTILBERT, {"distilbert.modeling_distilbert.TransformerBlock": "distilbert"}),
     (ALBERT, {"albert.modeling_albert.AlbertLayer": "albert"}),
     (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..spec import Adapter, NameMap
-from .post_ln import BART_NAMES, WAV2VEC2
+from .post_ln import BART_NAMES, BERT_NAMES, WAV2VEC2
 
 VIT_NAMES = NameMap(
     query="attention.q_proj",
@@ -61,7 +61,31 @@ DINOV2_NESTED_NAMES = replace(
     heads="attention.attention.num_attention_heads",
     scaling="attention.attention.scaling",
 )
-DINOV2 = Adapter("pre", (DINOV2_NAMES, DINOV2_NESTED_NAMES))
+
+
+def with_gated(*maps: NameMap) -> tuple[NameMap, ...]:
+    """The maps of DINOv2's line, and after each the one of its gated feed-forward block (`use_swiglu_ffn`).
+
+    Up to transformers 5.17 that block has no module for its activation: then it is called as it is.
+    """
+    gated = [replace(names, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj") for names in maps]
+    gated = [replace(names, activation="mlp.act_fn") for names in gated]
+    whole = [replace(names, up="", activation="", down="", feed_forward="mlp") for names in maps]
+    return (*maps, *gated, *whole)
+
+
+DINOV2 = Adapter("pre", with_gated(DINOV2_NAMES, DINOV2_NESTED_NAMES))
+
+# BERT's line with the norms before the blocks: each model keeps them elsewhere.
+MEGATRON_BERT = Adapter("pre", (replace(BERT_NAMES, norm1="attention.ln", norm2="ln"),), extra_outputs=1)
+XLM_ROBERTA_XL = Adapter("pre", (replace(BERT_NAMES, norm1="attention.self_attn_layer_norm", norm2="LayerNorm"),))
+ROBERTA_PRELAYERNORM = Adapter(
+    "pre", (replace(BERT_NAMES, norm1="attention.LayerNorm", norm2="intermediate.LayerNorm"),)
+)
+
+SEAMLESS_M4T = Adapter(
+    "pre", (replace(BART_NAMES, up="ffn.fc1", activation="ffn.act", down="ffn.fc2", norm2="ffn_layer_norm"),)
+)
 
 MBART = Adapter("pre", (BART_NAMES,), clamp="always")
 WAV2VEC2_STABLE = replace(WAV2VEC2, norm_placement="pre", requires={"adapter_layer": None})
@@ -111,6 +135,15 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "x_clip.modeling_x_clip.XCLIPEncoderLayer": "xclip xclip_text_model",
         },
     ),
+    # Its other blocks, first and last, are convolutions over the tokens.
+    (
+        replace(CLIP, padding_readers=("RepMixerBlock",)),
+        {
+            "sam3_lite_text.modeling_sam3_lite_text.Sam3LiteTextTextEncoderLayer": (
+                "sam3_lite_text sam3_lite_text_text_model"
+            )
+        },
+    ),
     (
         DINOV2,
         {
@@ -119,6 +152,18 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "tipsv2.modeling_tipsv2.Tipsv2VisionLayer": "tipsv2 tipsv2_vision_model",
             "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": "dinov2_with_registers",
         },
+    ),
+    (MEGATRON_BERT, {"megatron_bert.modeling_megatron_bert.MegatronBertLayer": "megatron-bert"}),
+    (XLM_ROBERTA_XL, {"xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLLayer": "xlm-roberta-xl"}),
+    (
+        ROBERTA_PRELAYERNORM,
+        {"roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": "roberta-prelayernorm"},
+    ),
+    (SEAMLESS_M4T, {"seamless_m4t.modeling_seamless_m4t.SeamlessM4TEncoderLayer": "seamless_m4t"}),
+    # Where it makes units of speech, convolutions follow the encoder of the units.
+    (
+        replace(SEAMLESS_M4T, padding_readers=("TextToUnitDecoderLayer",)),
+        {"seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2EncoderLayer": "seamless_m4t_v2"},
     ),
     (
         MBART,

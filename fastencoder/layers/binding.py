@@ -112,8 +112,10 @@ class Binding:
         """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
         if not self._scales:
             return None, None
-        (first, first_name), (second, second_name) = self._scales
-        return getattr(first, first_name), getattr(second, second_name)
+        first, second = (getattr(owner, name) for owner, name in self._scales)
+        if not self.spec.adapter.scale_by_tanh:
+            return first, second
+        return first.tanh().expand(self.spec.hidden_size), second.tanh().expand(self.spec.hidden_size)
 
     def any_training(self) -> bool:
         """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""

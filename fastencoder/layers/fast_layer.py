@@ -129,8 +129,13 @@ class FastLayer(nn.Module):
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
         others = read_arguments(type(self).original_class, args, kwargs)
+        for old, new in adapter.former_names.items():
+            if old in others and new not in others:
+                others[new] = others.pop(old)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
+        if adapter.extra_outputs and call is not None and call.wants_attentions:
+            raise Delegated("the loop around the layers reads the attention weights that they return")
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))
@@ -267,15 +272,22 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
         raise Delegated("this attention is causal where no mask is given")
     if mask is not None and type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
+    adapter = binding.spec.adapter
+    if adapter.mask_by_head and mask is not None and mask.dim() == 4:
+        if not torch.equal(mask, mask[:, :1].expand_as(mask)):
+            raise Delegated("the mask differs between heads")
+        mask = mask[:, :1]
     try:
-        adapter = binding.spec.adapter
         return KINDS[adapter.attention].geometry(hidden, mask, adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
 
 
 def _is_causal_without_mask(binding: Binding) -> bool:
-    """transformers takes an attention module without an `is_causal` attribute for a causal one, except in eager mode."""
+    """transformers takes an attention module without an `is_causal` attribute for a causal one, except in eager mode. Those of
+    layers that take no mask are known."""
+    if not binding.spec.adapter.mask:
+        return False
     config = getattr(binding.attention, "config", None)
     if config is None or hasattr(binding.attention, "is_causal"):
         return False

@@ -29,6 +29,7 @@ class StackCall:
         schedule: the layers in the order in which the owner calls them.
         position: how many of them have run.
         wants_hidden_states: the owner was asked, as an argument, to return every layer's output.
+        wants_attentions: the owner was asked, as an argument, to return the attention weights of the layers.
         batch: the geometry of the padded batch, once a layer has read its mask.
         read: the geometries of this call, by the very mask objects that they were read from.
         carried: the packed tensor that the last layer returned, while the tokens are packed.
@@ -40,6 +41,7 @@ class StackCall:
 
     schedule: list[nn.Module]
     wants_hidden_states: bool = False
+    wants_attentions: bool = False
     position: int = 0
     batch: PackedBatch | None = None
     read: list[tuple[torch.Tensor | None, PackedBatch]] = field(default_factory=list)
@@ -168,7 +170,8 @@ class _OpenStack:
         self.stack = stack
 
     def __call__(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
-        call = StackCall(self.stack.layers_of(owner), _argument(owner, args, kwargs, "output_hidden_states"))
+        wanted = (_argument(owner, args, kwargs, f"output_{what}") for what in ("hidden_states", "attentions"))
+        call = StackCall(self.stack.layers_of(owner), *wanted)
         _local.calls.setdefault(id(self.stack), []).append(call)
 
 

@@ -48,6 +48,12 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "patch_embeds": UNMASKED,
     "text_and_image": UNMASKED,
     "naflex": (RIGHT, HOLES, SINGLE, FULL, ONES),
+    "hidden": ALL,
+    "windows": UNMASKED,
+    "frames": UNMASKED,
+    "patch_rows": UNMASKED,
+    "tiles": (NONE, SINGLE, FULL),
+    "flat_patches": (RIGHT, HOLES, SINGLE, FULL, ONES),
     "patch_grid": (NONE, RIGHT, HOLES, SINGLE, FULL, ONES),
 }
 
@@ -249,6 +255,8 @@ def _image(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if "noise" in case.options:  # ViT-MAE drops random patches: fix which
         inputs["noise"] = torch.rand(_size(pattern), case.options["noise"], generator=generator)
+    if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
+        inputs["dataset_index"] = torch.arange(_size(pattern)) % 2
     return Batch(inputs)
 
 
@@ -312,3 +320,59 @@ def _patch_grid(case: Case, model: nn.Module, pattern: str, generator: torch.Gen
     inputs["pixel_values"] = inputs["pixel_values"][: len(sides)]
     inputs["patch_attention_mask"] = grid
     return Batch(inputs, grid.flatten(1))
+
+
+def _hidden(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """An encoder by itself: hidden states and a mask over them."""
+    attention_mask = mask(pattern)
+    rows = 3 if attention_mask is None else len(attention_mask)
+    inputs: dict[str, Any] = {"hidden_states": torch.randn(rows, 13, case.options["width"], generator=generator)}
+    if attention_mask is None or not case.options.get("masked", True):
+        return Batch(inputs)
+    inputs["attention_mask"] = attention_mask
+    return Batch(inputs, attention_mask.bool())
+
+
+def _windows(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """The windows of each image, one after the other in the batch."""
+    rows = _size(pattern) * case.options["windows"]
+    return Batch({"hidden_states": torch.randn(rows, 7, case.options["width"], generator=generator)})
+
+
+def _frames(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """A video of frames that are images for the encoder."""
+    size = model.config.image_size
+    return Batch({"pixel_values_videos": torch.randn(_size(pattern), 2, 3, size, size, generator=generator)})
+
+
+def _patch_rows(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """Molmo 2: patches that are flat already."""
+    config = model.config
+    pixels = 3 * config.patch_size**2
+    return Batch(
+        {"pixel_values": torch.randn(_size(pattern), config.num_position_embeddings, pixels, generator=generator)}
+    )
+
+
+def _tiles(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """Mllama: images of up to four tiles, [batch, images, tiles, 3, H, W]; other tiles are padding."""
+    size, tiles = model.config.image_size, model.config.max_num_tiles
+    counts = {SINGLE: [3], FULL: [4, 4]}.get(pattern, [2, 4, 1])
+    real = (torch.arange(tiles) < torch.tensor(counts)[:, None]).long()
+    inputs = {
+        "pixel_values": torch.randn(len(counts), 1, tiles, 3, size, size, generator=generator),
+        "aspect_ratio_ids": torch.tensor([[count] for count in counts]),
+        "aspect_ratio_mask": real[:, None],
+    }
+    return Batch(inputs)
+
+
+def _flat_patches(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """Pix2Struct: rows of patches, each with its row and column in front; rows of padding are zero unless a mask is given."""
+    attention_mask = mask(pattern)
+    assert attention_mask is not None
+    pixels = torch.randn(*attention_mask.shape, case.options["pixels"], generator=generator)
+    places = torch.randint(0, 8, (*attention_mask.shape, 2), generator=generator).float()
+    return Batch(
+        {"flattened_patches": torch.cat([places, pixels], -1), "attention_mask": attention_mask}, attention_mask.bool()
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import batches, weights
+from . import batches, hosts, weights
 
 FAST = "fast"  # to_fast converts the stack, and an ordinary call runs fast
 DELEGATES = "delegates"  # to_fast converts the stack, but calls of this model (a causal mask) run the stock forward
@@ -28,7 +28,8 @@ class Absent(Exception):
 class Case:
     """One layer class inside one tiny model.
 
-    ``layer`` and ``model`` are names inside ``transformers.models.<package>.<module>``; ``stack`` is the dotted path of
+    ``layer`` and ``model`` are names inside ``transformers.models.<package>.<module>``, or ``model`` is "hosts.X", a class of
+    ``hosts.py``; ``stack`` is the dotted path of
     the module list(s) that hold the layers ("a|b" for more than one, "a/b" where releases differ); ``inputs`` names a
     builder of ``batches.py``.
     """
@@ -80,6 +81,8 @@ class Case:
         return _lookup(self.module_name, self.layer)
 
     def model_class(self) -> type[nn.Module]:
+        if self.model.startswith("hosts."):
+            return getattr(hosts, self.model.removeprefix("hosts."))
         return _lookup(self.module_name, self.model)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
@@ -144,6 +147,8 @@ def build(case: Case, seed: int = 0, attn: str | None = None, sharp: bool = True
             torch.manual_seed(seed)
             model = case.model_class()(config)
             model.float().eval()
+            for name, value in case.options.get("buffers", {}).items():
+                model.get_buffer(name).fill_(value)
             if sharp:
                 weights.sharpen(model, seed=seed)
                 batch = batches.build(

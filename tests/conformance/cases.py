@@ -6,6 +6,7 @@ from . import (
     cases_bias,
     cases_post_ln,
     cases_pre_ln,
+    cases_pre_ln_vision,
     cases_rope,
 )
 from .case import Case
@@ -14,6 +15,7 @@ _FILES = (
     cases_bias,
     cases_post_ln,
     cases_pre_ln,
+    cases_pre_ln_vision,
     cases_rope,
 )
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .case import DELEGATES, REFUSED, UNREGISTERED, Case, merge
-from .cases_post_ln import SEQ2SEQ, SEQ2SEQ_OUTPUTS, TEXT, WAV2VEC2
+from .case import DELEGATES, Case, merge
+from .cases_post_ln import ROBERTA, SEQ2SEQ, SEQ2SEQ_OUTPUTS, TEXT, WAV2VEC2, bert
 
 VISION = {
     "hidden_size": 48,
@@ -34,7 +35,6 @@ MEL_HIDDEN = {
 }
 NESTED_VISION = "encoder.layers/vision_model.encoder.layers"
 NESTED_TEXT = "encoder.layers/text_model.encoder.layers"
-LATER = "the family's names and maths, but not in the registry yet"
 CAUSAL = "the text tower passes is_causal=True and a causal mask: each call runs the stock forward"
 
 
@@ -72,6 +72,24 @@ def bart(package: str, layer: str, model: str, **other: Any) -> Case:
 def stable(package: str, layer: str, model: str) -> Case:
     config = {**WAV2VEC2, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
     return Case(package, layer, model, "encoder.layers", "audio", "pre", config)
+
+
+def pre_ln_bert(package: str, layer: str, model: str, **other: Any) -> Case:
+    return replace(bert(package, layer, model, **other), placement="pre")
+
+
+def seamless(package: str, layer: str, model: str) -> Case:
+    config = {
+        "vocab_size": 60,
+        "hidden_size": 48,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 3,
+        "encoder_ffn_dim": 80,
+        "max_position_embeddings": 40,
+        "encoder_layerdrop": 0.0,
+        "scale_embedding": False,
+    }
+    return Case(package, layer, model, "layers", "text", "pre", config)
 
 
 CASES: list[Case] = [
@@ -114,9 +132,8 @@ CASES: list[Case] = [
             "hidden_act": "gelu",
             "patch_size": None,
             "num_hidden_layers": None,
+            "attn_logit_softcapping": 1.5,
         },
-        expect=UNREGISTERED,
-        why="capped attention scores and norms with weight + 1: another family",
         eager_only=True,
     ),
     dino("dinov2", "Dinov2Layer", "Dinov2Model"),
@@ -126,8 +143,6 @@ CASES: list[Case] = [
         "Dinov2Model",
         tag="swiglu",
         config={"use_swiglu_ffn": True},
-        expect=REFUSED,
-        why="a gated feed-forward",
     ),
     dino("dinov2_with_registers", "Dinov2WithRegistersLayer", "Dinov2WithRegistersModel"),
     dino(
@@ -135,15 +150,6 @@ CASES: list[Case] = [
         "RadioLayer",
         "RadioModel",
         config={"max_img_size": 32, "summary_idxs": [0, 1], "mlp_ratio": 2.0},
-    ),
-    dino(
-        "rf_detr",
-        "RfDetrDinov2Layer",
-        "RfDetrDinov2Backbone",
-        config={"num_windows": 1, "out_indices": [1, 2]},
-        outputs=("feature_maps", "hidden_states", "attentions"),
-        expect=UNREGISTERED,
-        why=LATER,
     ),
     dino("tipsv2", "Tipsv2VisionLayer", "Tipsv2VisionModel"),
     tower("clip", "CLIPEncoderLayer", "CLIPVisionModel"),
@@ -205,7 +211,6 @@ CASES: list[Case] = [
         "Sam3LiteTextTextModel",
         stack="layers",
         config={"use_repmixer_blocks": False, "projection_dim": 24},
-        by_source=True,
     ),
     text_tower(
         "tipsv2",
@@ -219,6 +224,11 @@ CASES: list[Case] = [
         "UnlimitedOcrVisionEncoder",
         inputs="patch_embeds",
     ),
+    pre_ln_bert("megatron_bert", "MegatronBertLayer", "MegatronBertModel", eager_only=True),
+    pre_ln_bert("xlm_roberta_xl", "XLMRobertaXLLayer", "XLMRobertaXLModel", config=ROBERTA),
+    pre_ln_bert("roberta_prelayernorm", "RobertaPreLayerNormLayer", "RobertaPreLayerNormModel", config=ROBERTA),
+    seamless("seamless_m4t", "SeamlessM4TEncoderLayer", "SeamlessM4TEncoder"),
+    seamless("seamless_m4t_v2", "SeamlessM4Tv2EncoderLayer", "SeamlessM4Tv2Encoder"),
     bart("mbart", "MBartEncoderLayer", "MBartModel"),
     bart("m2m_100", "M2M100EncoderLayer", "M2M100Model", config={"scale_embedding": False}),
     bart("pegasus", "PegasusEncoderLayer", "PegasusModel"),

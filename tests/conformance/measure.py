@@ -24,8 +24,9 @@ def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
 
 
 def last(case: Case, output: Any) -> torch.Tensor:
-    """The hidden states that a row is judged by: [batch, tokens, hidden]."""
-    return output[case.outputs[0].split("+")[0]]
+    """The hidden states that a row is judged by: [batch, tokens, hidden]; of several, the last."""
+    value = output[case.outputs[0].split("+")[0]]
+    return value[-1] if isinstance(value, (tuple, list)) else value
 
 
 def pick(value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

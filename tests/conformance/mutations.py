@@ -13,9 +13,11 @@ from torch import nn
 from . import weights
 
 Mutation = tuple[str, Callable[[nn.Module], None]]
-_KEY = ("key", "k_proj", "k_lin", "k")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+# softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+_KEY = ("key", "k_proj", "k_lin", "k", "key_proj")
 _SCALE = ("scaling", "scale")
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
+_FLAGS = ("global_attention", "window")  # whether a layer attends inside the image or inside windows of it
 
 
 def mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
@@ -54,12 +56,17 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
             if isinstance(getattr(module, attribute, None), float):
-                yield f"{path}.{attribute}", _attribute(path, attribute, 0.5 if getattr(module, attribute) == 1.0 else 1.0)
+                yield f"{path}.{attribute}", _attribute(path, attribute, 0.25 if getattr(module, attribute) == 1.0 else 1.0)
         if isinstance(module, nn.Embedding):  # a table of biases by distance
             yield f"{path}.weight", _fill(path, "weight", 0.0)
         for parameter, _ in module.named_parameters(recurse=False):
-            if "lambda" in parameter:
-                yield f"{path}.{parameter}", _fill(path, parameter, 1.0)
+            if any(part in parameter for part in weights.LAYER_SCALES):
+                yield f"{path}.{parameter}", _fill(path, parameter, 20.0 if "gate" in parameter else 1.0)  # tanh(20) = 1
+        if getattr(module, "attn_logit_softcapping", None) is not None:
+            yield f"{path}.attn_logit_softcapping", _attribute(path, "attn_logit_softcapping", None)
+        for attribute in _FLAGS:
+            if hasattr(module, attribute):
+                yield f"{path}.{attribute}", _attribute(path, attribute, not getattr(module, attribute))
 
 
 def _fill(path: str, parameter: str, value: float) -> Callable[[nn.Module], None]:
@@ -74,5 +81,5 @@ def _eps(path: str) -> Callable[[nn.Module], None]:
     return lambda model: weights.set_eps(model.get_submodule(path), 1e-12)
 
 
-def _attribute(path: str, attribute: str, value: float) -> Callable[[nn.Module], None]:
+def _attribute(path: str, attribute: str, value: float | bool | None) -> Callable[[nn.Module], None]:
     return lambda model: setattr(model.get_submodule(path), attribute, value)

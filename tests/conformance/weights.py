@@ -18,13 +18,14 @@ BIAS_STD = 0.7
 NORM_WEIGHT_STD = 0.4  # of their mean
 NORM_BIAS_STD = 0.5
 EPS_RATIO = (2.5, 3.5, 3.0)  # eps over the variance that it is added to, by position of the norm inside its layer
+LAYER_SCALES = ("lambda", "layer_scale", "gamma", "gate_attn", "gate_ffn")
 SPREAD = {"query": 1.0, "key": 1.5, "value": 1.5, "other": 1.0}  # of a linear's output, from token to token of a row
 BIAS_TABLE_STD = 2.0  # of what is added to scores, by distance
 BIAS_TABLES = ("relative_attention_bias", "rel_attn_embed")
 _ROLES = {
-    "query": ("query", "q_proj", "q_lin", "q"),
-    "key": ("key", "k_proj", "k_lin", "k"),
-    "value": ("value", "v_proj", "v_lin", "v"),
+    "query": ("query", "q_proj", "q_lin", "q", "query_proj"),
+    "key": ("key", "k_proj", "k_lin", "k", "key_proj"),
+    "value": ("value", "v_proj", "v_lin", "v", "value_proj"),
 }
 
 
@@ -118,7 +119,9 @@ def _draw(
     normal = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
     if is_norm(module) or isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
         return NORM_BIAS_STD * normal if name == "bias" else 1.0 + NORM_WEIGHT_STD * normal
-    if "lambda" in name or "layer_scale" in name or name == "gamma":
+    if "gate" in name:  # its hyperbolic tangent is the scale
+        return -0.5 - 0.5 * torch.rand(parameter.shape, generator=generator)
+    if any(part in name for part in LAYER_SCALES):
         return 0.3 + 1.4 * torch.rand(parameter.shape, generator=generator)
     if module_name in BIAS_TABLES:
         return BIAS_TABLE_STD * normal

@@ -6,15 +6,21 @@ it keeps with the batch, so that the next layer finds it.
 
 from __future__ import annotations
 
+from .biased import Biased
 from .call import LayerCall
 from .kind import AttentionKind
 from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
+from .softcap import Softcap
 from .windowed import Windowed
+from .windows import JoinedWindows
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
     "plain": AttentionKind(),
+    "biased": Biased(),
+    "joined-windows": JoinedWindows(),
+    "softcap": Softcap(),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
