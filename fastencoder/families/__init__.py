@@ -15,6 +15,8 @@ from . import (
     relative_bias,
     rope,
     t5,
+    vision_packed,
+    vision_rope,
 )
 
 _FAMILIES = (
@@ -23,6 +25,8 @@ _FAMILIES = (
     relative_bias,
     rope,
     t5,
+    vision_packed,
+    vision_rope,
 )
 
 

@@ -7,6 +7,7 @@ from . import (
     cases_post_ln,
     cases_pre_ln,
     cases_rope,
+    cases_vision,
 )
 from .case import Case
 
@@ -15,6 +16,7 @@ _FILES = (
     cases_post_ln,
     cases_pre_ln,
     cases_rope,
+    cases_vision,
 )
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 BY_ID: dict[str, Case] = {case.id: case for case in CASES}
