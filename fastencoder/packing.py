@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -91,17 +91,18 @@ class PackedBatch:
         Raises:
             ValueError: the offsets do not cover the tokens.
         """
-        offsets = offsets.to(device=values.device, dtype=torch.int32)
-        if max_seqlen is None or values.device.type == "cpu":
+        lengths = None
+        if max_seqlen is None or offsets.device.type == "cpu":
             bounds = offsets.tolist()
-            lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+            lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
             if not lengths or bounds[0] != 0 or bounds[-1] != values.shape[0] or min(lengths) < 0:
                 raise ValueError(
                     f"cumulative sequence lengths {bounds[:4]}...{bounds[-1:]} must rise from 0 to the number of tokens, "
                     f"{values.shape[0]}"
                 )
             max_seqlen = max(lengths)
-        return cls(values, offsets, int(max_seqlen), None, offsets.shape[0] - 1, 0)
+        offsets = offsets.to(device=values.device, dtype=torch.int32)
+        return cls(values, offsets, int(max_seqlen), None, offsets.shape[0] - 1, 0, lengths)
 
     @classmethod
     def from_nested(cls, nested: torch.Tensor) -> PackedBatch:
@@ -119,7 +120,7 @@ class PackedBatch:
     def tiles(self, head_dim: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Attention's list of work on the device (int32 `[n, 2]`, see `kernels.varlen_attention`). None where it is not
         needed: on the CPU, or if all sequences are equally long."""
-        if not self._tiles and (not on_gpu(self.offsets.device) or self.lengths is None or self.indices is None):
+        if not self._tiles and (not on_gpu(self.offsets.device) or not self._ragged):
             return None
         queries = query_block(head_dim, dtype, self.max_seqlen, self.offsets.device)
         if queries not in self._tiles and self.lengths is not None:
@@ -137,6 +138,10 @@ class PackedBatch:
         lengths = tuple(sum(self.lengths[first : first + count]) for first in range(0, self.batch, count))
         offsets = self.offsets[::count].contiguous()
         return PackedBatch(self.values, offsets, max(lengths), None, self.batch // count, self.seqlen * count, lengths)
+    @cached_property
+    def _ragged(self) -> bool:
+        """Whether some sequence is known to be shorter than the longest one."""
+        return self.lengths is not None and min(self.lengths, default=self.max_seqlen) < self.max_seqlen
 
     def remembered(self, key: tuple[Any, ...], source: torch.Tensor, make: Callable[[], Any]) -> Any:
         """What `make()` returned for this key and this very tensor: every layer of a batch is given the same one."""

@@ -112,6 +112,7 @@ class Adapter:
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
         offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
+        bidirectional: True if the layer's own code tells transformers that its attention is not causal.
         label: the family's name, for people; by default it is made of `norm_placement`.
         extra_parameters: paths of parameters and buffers that the kind of attention reads.
         requires: attribute paths with the values that this adapter describes. Another value means another program: such
@@ -147,6 +148,7 @@ class Adapter:
     ignores: tuple[str, ...] = ()
     former_names: Mapping[str, str] = field(default_factory=dict)
     offsets: str = ""
+    bidirectional: bool = False
     extra_parameters: tuple[str, ...] = ()
     label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)

@@ -16,6 +16,8 @@ from . import (
     relative_bias,
     rope,
     t5,
+    vision_packed,
+    vision_rope,
 )
 
 _FAMILIES = (
@@ -25,6 +27,8 @@ _FAMILIES = (
     relative_bias,
     rope,
     t5,
+    vision_packed,
+    vision_rope,
 )
 
 

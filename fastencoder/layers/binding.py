@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..eligibility import attention_implementation, inspect_layer, touched
+from ..eligibility import attention_implementation, inspect_layer, is_absent_norm, touched
 from ..norms import Norm, norm_kind, read_norm
 from ..parts import ParameterPair, linear_at, lookup
 from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
@@ -63,7 +63,9 @@ class Binding:
             slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()
         }
         self.norms: dict[str, nn.Module] = {
-            slot: lookup(layer, path) for slot, path in names.given(NORM_SLOTS).items()
+            slot: lookup(layer, path)
+            for slot, path in names.given(NORM_SLOTS).items()
+            if not is_absent_norm(layer, slot, path)
         }
         parts = [*self.linears.values(), *self.norms.values()]
         self._holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]
@@ -75,9 +77,8 @@ class Binding:
         self.scale_name = names.scaling.rpartition(".")[2] if names.scaling else ""
         self.attention = lookup(layer, names.attention)
         self._scales = [
-            (lookup(layer, path.rpartition(".")[0]) or layer, path.rpartition(".")[2])
+            (None if path is None else lookup(layer, path.rpartition(".")[0]) or layer, (path or "").rpartition(".")[2])
             for path in (names.scale1, names.scale2)
-            if path is not None
         ]
 
     def holds(self, layer: nn.Module) -> bool:
@@ -110,12 +111,11 @@ class Binding:
 
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
-        if not self._scales:
-            return None, None
-        first, second = (getattr(owner, name) for owner, name in self._scales)
+        first, second = (None if owner is None else getattr(owner, name) for owner, name in self._scales)
         if not self.spec.adapter.scale_by_tanh:
             return first, second
-        return first.tanh().expand(self.spec.hidden_size), second.tanh().expand(self.spec.hidden_size)
+        size = self.spec.hidden_size
+        return tuple(None if gate is None else gate.tanh().expand(size) for gate in (first, second))
 
     def any_training(self) -> bool:
         """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""

@@ -157,8 +157,8 @@ class FastLayer(nn.Module):
     ) -> Any:
         """In the form in which the hidden states arrive: packed by the layer before, by the owner, nested, or padded."""
         adapter = binding.spec.adapter
-        if adapter.offsets:
-            return self._run_packed_by_owner(run, adapter, call, hidden, others)
+        if adapter.offsets and (adapter.offsets in others or hidden.dim() == 2):
+            return self._run_packed_by_owner(run, adapter, call, hidden, mask, others)
         if hidden.is_nested:
             return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
@@ -238,17 +238,26 @@ class FastLayer(nn.Module):
         return _as_original(adapter, run(batch, hidden[0]).unsqueeze(0))
 
     def _run_packed_by_owner(
-        self, run: Run, adapter: Adapter, call: StackCall | None, hidden: torch.Tensor, others: dict[str, Any]
+        self, run: Run, adapter: Adapter, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
     ) -> Any:
         """Vision blocks that take `[T, D]`, or `[1, T, D]`, and the cumulative lengths of the images or windows."""
-        offsets = others[adapter.offsets]
-        if not isinstance(offsets, torch.Tensor) or (hidden.dim() == 3 and hidden.shape[0] != 1):
+        offsets, longest = others.get(adapter.offsets), others.get("max_seqlen")
+        if not isinstance(offsets, torch.Tensor) or hidden.is_nested or (hidden.dim() == 3 and hidden.shape[0] != 1):
             raise Delegated(f"{adapter.offsets} is not given, or the hidden states are not [T, D]")
+        if mask is not None:
+            raise Delegated(f"both a mask and {adapter.offsets} are given")
         values = hidden if hidden.dim() == 2 else hidden[0]
-        batch = call.packed_batch(values, offsets) if call is not None else PackedBatch.from_offsets(values, offsets)
+        try:
+            if call is not None:
+                batch = call.packed_batch(values, offsets, longest)
+            else:
+                batch = PackedBatch.from_offsets(values, offsets, longest)
+        except ValueError as error:
+            raise Delegated(str(error)) from None
+        output = run(batch, values).view(hidden.shape)
         if call is not None:
             call.advance(self)
-        return _as_original(adapter, run(batch, values).view(hidden.shape))
+        return _as_original(adapter, output)
 
     def _forward_original(self, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         """The original forward, on padded hidden states even if they arrive packed."""
@@ -289,7 +298,7 @@ def _is_causal_without_mask(binding: Binding) -> bool:
     if not binding.spec.adapter.mask:
         return False
     config = getattr(binding.attention, "config", None)
-    if config is None or hasattr(binding.attention, "is_causal"):
+    if config is None or binding.spec.adapter.bidirectional or hasattr(binding.attention, "is_causal"):
         return False
     return getattr(config, "_attn_implementation", "eager") != "eager"
 

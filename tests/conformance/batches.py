@@ -55,6 +55,12 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "tiles": (NONE, SINGLE, FULL),
     "flat_patches": (RIGHT, HOLES, SINGLE, FULL, ONES),
     "patch_grid": (NONE, RIGHT, HOLES, SINGLE, FULL, ONES),
+    "patches": (NONE, SINGLE, ONES),
+    "strip": (NONE, SINGLE, ONES),
+    "image_sizes": (NONE, SINGLE, ONES),
+    "mel_chunks": (NONE, SINGLE, ONES),
+    "mel_rows": (NONE, SINGLE, ONES),
+    "clip": UNMASKED,
 }
 
 
@@ -113,8 +119,12 @@ def patterns(case: Case) -> tuple[str, ...]:
 
 def build(case: Case, model: nn.Module, pattern: str, seed: int = 0) -> Batch:
     """The batch of a row: deterministic in (case, pattern, seed)."""
+    from . import batches_vision
+
     generator = torch.Generator().manual_seed(77 + seed)
-    return globals()["_" + case.inputs](case, model, pattern, generator)
+    name = "_" + case.inputs
+    builder = globals().get(name) or getattr(batches_vision, name)
+    return builder(case, model, pattern, generator)
 
 
 def _size(pattern: str) -> int:

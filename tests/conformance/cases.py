@@ -8,6 +8,7 @@ from . import (
     cases_pre_ln,
     cases_pre_ln_vision,
     cases_rope,
+    cases_vision,
 )
 from .case import Case
 
@@ -17,6 +18,7 @@ _FILES = (
     cases_pre_ln,
     cases_pre_ln_vision,
     cases_rope,
+    cases_vision,
 )
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 BY_ID: dict[str, Case] = {case.id: case for case in CASES}

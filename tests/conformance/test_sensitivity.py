@@ -46,7 +46,7 @@ def _effects(case: Case, model: torch.nn.Module, batch: batches.Batch) -> dict[s
         apply(mutant)
         effects[name] = measure.error(measure.last_real(case, measure.run(mutant, batch), batch), stock)
     for name in MASKS:
-        if name in batch.inputs:
+        if name in batch.inputs and batch.real is not None:  # otherwise the model drops padding before its layers
             unmasked = copy.copy(batch)
             unmasked.inputs = {**batch.inputs, name: torch.ones_like(batch.inputs[name])}
             effects[name] = measure.error(measure.last_real(case, measure.run(model, unmasked), batch), stock)

@@ -7,11 +7,14 @@ it keeps with the batch, so that the next layer finds it.
 from __future__ import annotations
 
 from .biased import Biased
+from .blocks import BlockDiagonalRope
 from .call import LayerCall
 from .kind import AttentionKind
 from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
 from .softcap import Softcap
+from .vision_rope import ComplexRope, VisionRope
+from .vjepa_rope import VJepaRope
 from .windowed import Windowed
 from .windows import JoinedWindows
 
@@ -28,6 +31,12 @@ KINDS: dict[str, AttentionKind] = {
     "rope-interleaved": Rope(interleaved=True),
     "rope-roformer": RoFormerRope(),
     "rope-windowed": Windowed(Rope()),
+    "rope-vision": VisionRope(),
+    "rope-vision-interleaved": VisionRope(interleaved=True),
+    "rope-vision-prefix": VisionRope(prefix=True),
+    "rope-vision-blocks": BlockDiagonalRope(),
+    "rope-complex": ComplexRope(),
+    "rope-vjepa": VJepaRope(),
 }
 
 __all__ = ["KINDS", "AttentionKind", "LayerCall"]
