@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..spec import Adapter
-from . import post_ln, pre_ln, relative_bias, t5
+from . import deberta, post_ln, pre_ln, relative_bias, t5
 
 
 def builtin_adapters() -> Iterator[tuple[str, Adapter, tuple[str, ...]]]:
     """Yields (qualified layer class, adapter, model types) for every layer class that ships with the package."""
-    for family in (post_ln, pre_ln, relative_bias, t5):
+    for family in (post_ln, pre_ln, deberta, relative_bias, t5):
         for table_adapter, rows in family.TABLES:
             for path, model_types in rows.items():
                 yield f"transformers.models.{path}", table_adapter, tuple(model_types.split())

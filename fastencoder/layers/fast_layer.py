@@ -126,6 +126,7 @@ class FastLayer(nn.Module):
         others = read_arguments(type(self).original_class, args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
+        mask = KINDS[adapter.attention].mask(mask, others)
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))

@@ -30,7 +30,34 @@ def t5(package: str, layer: str, model: str, stack: str = "encoder.block", **oth
     return Case(package, layer, model, stack, inputs, "pre", config, outputs=outputs, **other)
 
 
+DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+# As in v3: 13 tokens reach logarithmic buckets, and distances that share the last one.
+V3 = {"position_buckets": 6, "max_relative_positions": 10, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+
+
+def deberta(package: str, layer: str, model: str, **other: Any) -> Case:
+    config = merge(DEBERTA, other.pop("config", {}))
+    return Case(package, layer, model, "encoder.layer", "text", "post", config, eager_only=True, **other)
+
+
+def deberta_v2(**other: Any) -> Case:
+    return deberta("deberta_v2", "DebertaV2Layer", "DebertaV2Model", **other)
+
+
 CASES: list[Case] = [
+    deberta_v2(config=V3),
+    deberta_v2(config={"relative_attention": False, "pos_att_type": None}, tag="content_only"),
+    deberta_v2(config={"pos_att_type": ["c2p"], "hidden_size": 45, "num_attention_heads": 5}, tag="c2p"),
+    deberta_v2(config={**V3, "share_att_key": False, "pos_att_type": ["p2c"]}, tag="p2c"),
+    deberta_v2(
+        config={**V3, "share_att_key": False, "max_position_embeddings": 170},
+        options={"size": 160},
+        tag="own_projections",
+    ),
+    deberta_v2(config={**V3, "conv_kernel_size": 3, "conv_act": "gelu", "num_hidden_layers": 3}, tag="convolution"),
+    deberta("deberta", "DebertaLayer", "DebertaModel"),
+    deberta("deberta", "DebertaLayer", "DebertaModel", config={"max_relative_positions": 5}, tag="clamped"),
+    deberta("deberta", "DebertaLayer", "DebertaModel", config={"relative_attention": False}, tag="content_only"),
     Case("mpnet", "MPNetLayer", "MPNetModel", "encoder.layer", "text", "post", TEXT, eager_only=True),
     Case(
         "mpnet",

@@ -7,6 +7,7 @@ it keeps with the batch, so that the next layer finds it.
 from __future__ import annotations
 
 from .call import LayerCall
+from .disentangled import Disentangled, DisentangledV1
 from .kind import AttentionKind
 from .position_bias import PositionBias, T5Bias
 from .rope import Rope
@@ -17,6 +18,8 @@ KINDS: dict[str, AttentionKind] = {
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
+    "disentangled": Disentangled(),
+    "disentangled-v1": DisentangledV1(),
     "rope": Rope(interleaved=False),
     "rope-interleaved": Rope(interleaved=True),
 }

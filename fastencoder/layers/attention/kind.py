@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...kernels import varlen_attention
+from ...packing import PackedBatch
 from .call import LayerCall
 
 
@@ -19,6 +20,11 @@ class AttentionKind:
     """
 
     reads: frozenset[str] = frozenset()
+
+    def mask(self, mask: Any, arguments: dict[str, Any]) -> Any:
+        """The mask that a layer was given, in a form that `PackedBatch.geometry` reads. What is more than a mask may be moved
+        to `arguments`."""
+        return mask
 
     def features(self, call: LayerCall) -> dict[str, Any]:
         """Keyword arguments of `kernels.varlen_attention` for this call. May raise Delegated."""
@@ -45,6 +51,18 @@ class AttentionKind:
         if "key_norm" in norms:
             k = _normed(call, "key_norm", k)
         return q, k, v
+
+
+def sequences_of(batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+    """Packed `[T, *]` as `[B, L, *]`, `L = max_seqlen`; behind the end of a sequence stands the data of other tokens."""
+    if batch.indices is None and batch.seqlen:
+        return x.unflatten(0, (batch.batch, batch.seqlen))
+
+    def make() -> torch.Tensor:
+        counted = torch.arange(batch.max_seqlen, device=x.device)
+        return (batch.offsets[:-1, None] + counted).clamp(max=x.shape[0] - 1)
+
+    return x[batch.remembered(("slots",), batch.offsets, make)]
 
 
 def _normed(call: LayerCall, slot: str, x: torch.Tensor) -> torch.Tensor:

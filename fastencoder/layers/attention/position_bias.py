@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ...packing import PackedBatch
-from ..deferred import Deferred, DistanceBias, may_defer
+from ..deferred import Deferred, DistanceBias, distances, may_defer
 from ..guards import Delegated
-from ..owners import distances
 from ..stack import current_call
 from .call import LayerCall
 from .kind import AttentionKind
