@@ -110,6 +110,8 @@ class Adapter:
         extra_parameters: paths of parameters and buffers that the kind of attention reads.
         requires: attribute paths with the values that this adapter describes. Another value means another program: such
             a layer is left alone.
+        bidirectional: True if the attention is never causal, whatever attributes it has or lacks: it does not go through
+            transformers' attention functions, which take a module without `is_causal` for a causal one.
         refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
@@ -140,6 +142,7 @@ class Adapter:
     extra_parameters: tuple[str, ...] = ()
     label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)
+    bidirectional: bool = False
     refuses: Callable[[Any], str | None] | None = None
     decoder: str | None = None
     keeps_hidden_states: bool = False

@@ -114,7 +114,9 @@ class Binding:
         if not self._scales:
             return None, None
         (first, first_name), (second, second_name) = self._scales
-        return getattr(first, first_name), getattr(second, second_name)
+        scales = (getattr(first, first_name), getattr(second, second_name))
+        # BEiT without LayerScale has the number 1 there.
+        return tuple(scale if isinstance(scale, torch.Tensor) else None for scale in scales)
 
     def any_training(self) -> bool:
         """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""

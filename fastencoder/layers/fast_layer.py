@@ -265,7 +265,7 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
 def _is_causal_without_mask(binding: Binding) -> bool:
     """transformers takes an attention module without an `is_causal` attribute for a causal one, except in eager mode."""
     config = getattr(binding.attention, "config", None)
-    if config is None or hasattr(binding.attention, "is_causal"):
+    if binding.spec.adapter.bidirectional or config is None or hasattr(binding.attention, "is_causal"):
         return False
     return getattr(config, "_attn_implementation", "eager") != "eager"
 

@@ -35,6 +35,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "text": ALL,
     "seq2seq": ALL,
     "text_with_boxes": ALL,
+    "hidden_states": ALL,
     "series": ALL,
     "lxmert": ALL,
     "characters": ALL,
@@ -138,6 +139,16 @@ def _text_with_boxes(case: Case, model: nn.Module, pattern: str, generator: torc
     corners = corners if page == 1.0 else corners.long()
     batch.inputs["bbox"] = corners.sort(dim=-2).values.flatten(-2)
     return batch
+
+
+def _hidden_states(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """An encoder by itself, behind whatever makes its input."""
+    attention_mask = mask(pattern)
+    rows = 3 if attention_mask is None else len(attention_mask)
+    inputs = {"hidden_states": torch.randn(rows, 13, model.config.hidden_size, generator=generator)}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    return Batch(inputs, None if attention_mask is None else attention_mask.bool())
 
 
 def _text_and_image(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

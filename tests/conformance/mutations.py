@@ -13,7 +13,8 @@ from torch import nn
 from . import weights
 
 Mutation = tuple[str, Callable[[nn.Module], None]]
-_KEY = ("key", "k_proj", "k_lin", "k", "key_proj", "pos_key_proj")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+# softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
+_KEY = ("key", "k_proj", "k_lin", "k", "key_proj", "pos_key_proj")
 _SCALE = ("scaling", "scale")
 
 

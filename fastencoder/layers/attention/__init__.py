@@ -7,9 +7,11 @@ it keeps with the batch, so that the next layer finds it.
 from __future__ import annotations
 
 from .call import LayerCall
+from .dense_bias import GridBias, LayoutBias
 from .disentangled import Disentangled, DisentangledV1
 from .kind import AttentionKind
 from .position_bias import PositionBias, T5Bias
+from .query_bias import BoxBias, DistanceKeys, GatedBias
 from .rope import Rope
 
 # By the name that adapters give.
@@ -20,6 +22,14 @@ KINDS: dict[str, AttentionKind] = {
     "t5-own": T5Bias(shared=False),
     "disentangled": Disentangled(),
     "disentangled-v1": DisentangledV1(),
+    "layout-v2": LayoutBias("v2"),
+    "layout-v3": LayoutBias("v3"),
+    "layout-boxes": LayoutBias("boxes"),
+    "grid": GridBias(owner="", shared=""),
+    "grid-in-attention": GridBias(owner="attention.attention", shared="relative_position_bias"),
+    "gated-bias": GatedBias(),
+    "box-bias": BoxBias(),
+    "distance-keys": DistanceKeys(),
     "rope": Rope(interleaved=False),
     "rope-interleaved": Rope(interleaved=True),
 }

@@ -109,8 +109,8 @@ class Disentangled(AttentionKind):
         columns = batch.remembered((*key, "columns"), rows, lambda: rows - first)
         if not holes:
             return {"disentangled": (c2p, p2c, columns)}
-        between = batch.remembered((*key, "between"), columns, lambda: _columns_between(batch, columns))
-        return {"bias": _spelled_out(batch, c2p, p2c, between)}
+        between = batch.remembered((*key, "between"), columns, lambda: columns_between(batch, columns))
+        return {"bias": spelled_out(batch, c2p, p2c, between)}
 
     def _tables_of(self, call: LayerCall, first: int, end: int) -> Tables:
         """`[H, P, d]` for the rows from `first` to `end`."""
@@ -174,14 +174,14 @@ def _by_head(call: LayerCall, tables: Iterable[torch.Tensor | None]) -> Tables:
     return key, query
 
 
-def _columns_between(batch: PackedBatch, columns: torch.Tensor) -> torch.Tensor:
+def columns_between(batch: PackedBatch, columns: torch.Tensor) -> torch.Tensor:
     """int32 `[2S - 1]` by distance in the padded row -> int64 `[B, L, L]` for query and key of each sequence."""
     positions = batch.positions()
     distance = positions[:, :, None] - positions[:, None, :]
     return columns[distance + columns.shape[0] // 2].long()
 
 
-def _spelled_out(
+def spelled_out(
     batch: PackedBatch, c2p: torch.Tensor | None, p2c: torch.Tensor | None, between: torch.Tensor
 ) -> torch.Tensor:
     """The bias `[B, H, L, L]` of rows that have holes. c2p, p2c: `[T, H, P]`."""
