@@ -148,7 +148,8 @@ def _make_stack(
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
     own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
-    may_carry = own_loop and not adapter.keeps_hidden_states
+    works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
+    may_carry = own_loop and not adapter.keeps_hidden_states and not works_between
     return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs)
 
 

@@ -116,6 +116,8 @@ class Adapter:
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
+        works_between: an attribute of the owner that, unless it is None, works on hidden states between two layers: then each
+            layer has to return padded hidden states.
         padding_is_read: True if what follows the layers reads the hidden states at padding, or the path of an attribute of
             the layer that says so (the flag of a convolution behind the encoder). Zeros there would change the answers for
             real tokens, so a batch that has padding runs through the original layers.
@@ -146,6 +148,7 @@ class Adapter:
     refuses: Callable[[Any], str | None] | None = None
     decoder: str | None = None
     keeps_hidden_states: bool = False
+    works_between: str = ""
     padding_is_read: bool | str = False
     padding_readers: tuple[str, ...] = ()
     schedule: Literal["list", "albert"] = "list"

@@ -1,8 +1,8 @@
-"""DeBERTa (https://arxiv.org/abs/2006.03654) and DeBERTa-v2/v3 (https://arxiv.org/abs/2111.09543): post-LN, disentangled
-attention.
+"""DeBERTa (https://arxiv.org/abs/2006.03654), DeBERTa-v2/v3 (https://arxiv.org/abs/2111.09543) and SEW-D
+(https://arxiv.org/abs/2109.06870): post-LN, disentangled attention.
 
-The loops around these layers keep every layer's output, so each layer takes and returns padded hidden states. The convolution
-of v2-xlarge runs between the first layer and the second as it is.
+DeBERTa's loops keep every layer's output, so each layer takes and returns padded hidden states. The convolution of v2-xlarge
+runs between the first layer and the second as it is.
 """
 
 from __future__ import annotations
@@ -39,5 +39,9 @@ V1 = replace(
 
 TABLES: tuple[tuple[Adapter, dict[str, str]], ...] = (
     (V2, {"deberta_v2.modeling_deberta_v2.DebertaV2Layer": "deberta-v2"}),
+    (
+        replace(V2, extra_outputs=None, keeps_hidden_states=False, works_between="conv"),
+        {"sew_d.modeling_sew_d.SEWDLayer": "sew-d"},
+    ),
     (V1, {"deberta.modeling_deberta.DebertaLayer": "deberta"}),
 )

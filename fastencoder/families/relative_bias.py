@@ -1,5 +1,5 @@
-"""Layers whose attention scores have a bias: by distance (MPNet, WavLM, SpeechT5), by boxes on a page (LayoutLM's line, BROS), by
-the distance of patches (BEiT, data2vec-vision).
+"""Layers whose attention scores have a bias: by distance (MPNet, WavLM, SpeechT5), by boxes on a page (LayoutLM's line, BROS),
+by the distance of patches (BEiT, data2vec-vision).
 """
 
 from __future__ import annotations
@@ -34,8 +34,13 @@ LAYOUT = replace(
     attention="layout-v3",
     label="post-LN, bias by boxes",
 )
-# LayoutLMv2 hands on what it masks: True stands for padding, spelled out for no query.
-LAYOUT_V2 = replace(LAYOUT, attention="layout-v2")
+# With config.fast_qkv the three projections are one, and queries and values have biases of their own.
+LAYOUT_V2 = replace(
+    LAYOUT,
+    names=(replace(LAYOUT.names[0], query="", key="", value="", qkv="attention.self.qkv_linear"), LAYOUT.names[0]),
+    attention="layout-v2",
+    extra_parameters=("attention.self.q_bias", "attention.self.v_bias"),
+)
 BROS = replace(LAYOUT, attention="box-bias")
 
 WAVLM = replace(
@@ -99,6 +104,15 @@ DATA2VEC_VISION = replace(
 TABLES: tuple[tuple[Adapter, dict[str, str]], ...] = (
     (MPNET, {"mpnet.modeling_mpnet.MPNetLayer": "mpnet"}),
     (LAYOUT, {"layoutlmv3.modeling_layoutlmv3.LayoutLMv3Layer": "layoutlmv3"}),
+    (LAYOUT_V2, {"layoutlmv2.modeling_layoutlmv2.LayoutLMv2Layer": "layoutlmv2 layoutxlm"}),
+    (
+        replace(
+            LAYOUT,
+            names=(replace(LAYOUT.names[0], norm1="attention.output.norm", norm2="output.norm"),),
+            attention="layout-boxes",
+        ),
+        {"pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderLayer": "pp_doclayout_v2"},
+    ),
     (BROS, {"bros.modeling_bros.BrosLayer": "bros"}),
     (WAVLM, {"wavlm.modeling_wavlm.WavLMEncoderLayer": "wavlm"}),
     (

@@ -57,5 +57,6 @@ def row_length(hidden: torch.Tensor) -> int:
 OWNERS: dict[str, type[FastOwner]] = {
     "transformers.models.mpnet.modeling_mpnet.MPNetEncoder": FastMPNetEncoder,
     "transformers.models.deberta.modeling_deberta.DebertaEncoder": FastDebertaEncoder,
+    "transformers.models.sew_d.modeling_sew_d.SEWDTransformerEncoder": FastDebertaEncoder,
     "transformers.models.deberta_v2.modeling_deberta_v2.DebertaV2Encoder": FastDebertaEncoder,
 }

@@ -36,6 +36,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "seq2seq": ALL,
     "text_with_boxes": ALL,
     "hidden_states": ALL,
+    "layout": ALL,
     "series": ALL,
     "lxmert": ALL,
     "characters": ALL,
@@ -149,6 +150,17 @@ def _hidden_states(case: Case, model: nn.Module, pattern: str, generator: torch.
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     return Batch(inputs, None if attention_mask is None else attention_mask.bool())
+
+
+def _layout(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """The same for documents: an additive mask, boxes, and positions in reading order, which begin anew at every third."""
+    batch = _hidden_states(case, model, pattern, generator)
+    rows, size = batch.inputs["hidden_states"].shape[:2]
+    real = torch.ones(rows, size) if batch.real is None else batch.real.float()
+    batch.inputs["attention_mask"] = (1.0 - real)[:, None, None] * torch.finfo(torch.float32).min
+    batch.inputs["bbox"] = torch.randint(0, case.options["page"], (rows, size, 4), generator=generator)
+    batch.inputs["position_ids"] = (torch.arange(size) % 3).expand(rows, -1)
+    return batch
 
 
 def _text_and_image(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

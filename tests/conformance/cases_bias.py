@@ -81,6 +81,19 @@ def data2vec(**other: Any) -> Case:
     return Case(*names, config, module="modeling_data2vec_vision", **other)
 
 
+def layout_encoder(package: str, layer: str, model: str, **other: Any) -> Case:
+    """The encoder by itself: what is in front of it needs detectron2, or is a detector."""
+    config = merge(LAYOUT, {"has_relative_attention_bias": True, "has_spatial_attention_bias": True}, other.pop("config", {}))
+    other.setdefault("config_class", "LayoutLMv2Config")
+    names = (package, layer, model, "layer", "layout", "post")
+    return Case(*names, config, options={"page": 60}, eager_only=True, **other)
+
+
+def layoutlmv2(**other: Any) -> Case:
+    no_double = "the stock attention fills float32 scores with float64's minimum: an error"
+    return layout_encoder("layoutlmv2", "LayoutLMv2Layer", "LayoutLMv2Encoder", no_double=no_double, **other)
+
+
 # The gates of WavLM's bias are sigmoids, and its attention never reads its `scaling`.
 SUBTLE = {"bar": 0.002, "unread": (".scaling",)}
 
@@ -192,5 +205,25 @@ CASES: list[Case] = [
             "encoder_max_relative_position": 7,
         },
         eager_only=True,
+    ),
+    layoutlmv2(config={"fast_qkv": True}),
+    layoutlmv2(config={"fast_qkv": False}, tag="separate"),
+    layout_encoder(
+        "pp_doclayout_v2",
+        "PPDocLayoutV2ReadingOrderLayer",
+        "PPDocLayoutV2ReadingOrderEncoder",
+        config_class="PPDocLayoutV2ReadingOrderConfig",
+        no_double="the stock model makes float32 positions for its projection of boxes",
+    ),
+    Case(
+        "sew_d",
+        "SEWDLayer",
+        "SEWDModel",
+        "encoder.encoder.layer",
+        "audio",
+        "post",
+        merge(WAV2VEC2, {"squeeze_factor": 2, "position_buckets": 6, "max_position_embeddings": 10}),
+        eager_only=True,
+        more_after=True,
     ),
 ]

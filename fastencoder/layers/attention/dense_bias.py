@@ -1,4 +1,4 @@
-"""Attention with a bias for every pair of positions that depends on more than their distance: on boxes, on a grid of patches."""
+"""Attention with a bias for every pair of positions that depends on boxes on a page, or on a grid of patches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..guards import Delegated
 from .call import LayerCall
-from .kind import AttentionKind
+from .kind import AttentionKind, with_biases
 from .position_bias import bias_features
 
 
@@ -24,6 +24,12 @@ class LayoutBias(AttentionKind):
 
     def __init__(self, program: str) -> None:
         self.program = program
+
+    def queries_keys_values(
+        self, call: LayerCall, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = super().queries_keys_values(call, x)
+        return with_biases(call, q, k, v) if "qkv" in call.binding.linears else (q, k, v)
 
     def features(self, call: LayerCall) -> dict[str, Any]:
         attention = call.binding.attention

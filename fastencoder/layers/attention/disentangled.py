@@ -15,7 +15,7 @@ from ...packing import PackedBatch
 from ..deferred import Deferred, PaddingMask, distances
 from ..guards import Delegated
 from .call import LayerCall
-from .kind import AttentionKind, sequences_of
+from .kind import AttentionKind, sequences_of, with_biases
 
 Tables = tuple[torch.Tensor | None, torch.Tensor | None]  # position keys and position queries [H, P, d]
 
@@ -34,7 +34,11 @@ class Disentangled(AttentionKind):
         """The model spells padding out for all pairs of tokens; a query that is padding attends to nothing."""
         if isinstance(mask, PaddingMask):
             return mask.tokens
-        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]:
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+            return mask
+        if mask.shape[2] == 1:
+            return mask[:, 0, 0] != 0
+        if mask.shape[2] == mask.shape[3]:
             pairs = mask[:, 0] != 0
             tokens = pairs.diagonal(dim1=1, dim2=2)
             if torch.equal(pairs, tokens[:, :, None] & tokens[:, None, :]):
@@ -136,9 +140,7 @@ class DisentangledV1(Disentangled):
     def queries_keys_values(
         self, call: LayerCall, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = super().queries_keys_values(call, x)
-        attention, shape = call.binding.attention, (call.spec.num_heads, call.spec.head_dim)
-        return q + attention.q_bias.view(shape).to(q.dtype), k, v + attention.v_bias.view(shape).to(v.dtype)
+        return with_biases(call, *super().queries_keys_values(call, x))
 
     def terms(self, call: LayerCall) -> int:
         return 1 + len(call.binding.attention.pos_att_type)

@@ -53,6 +53,14 @@ class AttentionKind:
         return q, k, v
 
 
+def with_biases(
+    call: LayerCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and values `[T, H, d]` plus the attention's `q_bias` and `v_bias`, of one projection that has no bias."""
+    attention, shape = call.binding.attention, q.shape[1:]
+    return q + attention.q_bias.view(shape).to(q.dtype), k, v + attention.v_bias.view(shape).to(v.dtype)
+
+
 def sequences_of(batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
     """Packed `[T, *]` as `[B, L, *]`, `L = max_seqlen`; behind the end of a sequence stands the data of other tokens."""
     if batch.indices is None and batch.seqlen:
