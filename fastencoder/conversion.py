@@ -170,8 +170,11 @@ def _make_stack(
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
     own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
-    may_carry = own_loop and not known.adapter.keeps_hidden_states and fingerprints.has_known_loop(type(owner), known)
-    return Stack(registry.qualified_name(type(owner)), path, known.adapter.schedule, may_carry, graphs)
+    adapter = known.adapter
+    works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
+    own_loop &= not (adapter.keeps_hidden_states or works_between)
+    may_carry = own_loop and fingerprints.has_known_loop(type(owner), known)
+    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs)
 
 
 def reverse(model: Model) -> Model:

@@ -112,15 +112,18 @@ class Adapter:
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
         offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
-        bidirectional: True if the layer's own code tells transformers that its attention is not causal.
         label: the family's name, for people; by default it is made of `norm_placement`.
         extra_parameters: paths of parameters and buffers that the kind of attention reads.
         requires: attribute paths with the values that this adapter describes. Another value means another program: such
             a layer is left alone.
+        bidirectional: True if the attention is never causal, whatever attributes it has or lacks: it does not go through
+            transformers' attention functions, which take a module without `is_causal` for a causal one.
         refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
+        works_between: an attribute of the owner that, unless it is None, works on hidden states between two layers: then each
+            layer has to return padded hidden states.
         padding_is_read: True if what follows the layers reads the hidden states at padding, or the path of an attribute of
             the layer that says so (the flag of a convolution behind the encoder). Zeros there would change the answers for
             real tokens, so a batch that has padding runs through the original layers.
@@ -155,6 +158,7 @@ class Adapter:
     refuses: Callable[[Any], str | None] | None = None
     decoder: str | None = None
     keeps_hidden_states: bool = False
+    works_between: str = ""
     padding_is_read: bool | str = False
     padding_readers: tuple[str, ...] = ()
     schedule: Literal["list", "albert"] = "list"

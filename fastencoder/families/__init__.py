@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ..spec import Adapter
 from . import (
+    deberta,
     post_ln,
     pre_ln,
     pre_ln_vision,
@@ -24,6 +25,7 @@ _FAMILIES = (
     post_ln,
     pre_ln,
     pre_ln_vision,
+    deberta,
     relative_bias,
     rope,
     t5,

@@ -69,6 +69,7 @@ class Binding:
         }
         parts = [*self.linears.values(), *self.norms.values()]
         self._holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]
+        self._holders += [holder for path in adapter.extra_parameters for holder in _holders_of(layer, path)]
         self._norm_kinds = {slot: norm_kind(module) for slot, module in self.norms.items()}
         self.activation = lookup(layer, names.activation) if names.activation else None
         self.feed_forward = lookup(layer, names.feed_forward) if names.feed_forward else None
@@ -112,10 +113,12 @@ class Binding:
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
         first, second = (None if owner is None else getattr(owner, name) for owner, name in self._scales)
+        # BEiT without LayerScale has the number 1 there.
+        scales = tuple(scale if isinstance(scale, torch.Tensor) else None for scale in (first, second))
         if not self.spec.adapter.scale_by_tanh:
-            return first, second
+            return scales
         size = self.spec.hidden_size
-        return tuple(None if gate is None else gate.tanh().expand(size) for gate in (first, second))
+        return tuple(None if gate is None else gate.tanh().expand(size) for gate in scales)
 
     def any_training(self) -> bool:
         """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""
@@ -126,6 +129,14 @@ class Binding:
         """The factor on the scores, as the layer's attention has it now."""
         value = getattr(self.scale_owner, self.scale_name, None)
         return self.spec.scale if value is None else value
+
+
+def _holders_of(layer: nn.Module, path: str) -> list[nn.Module]:
+    """The modules whose parameters lie at a path: those of a module there, or the owner of a parameter."""
+    found = lookup(layer, path)
+    if isinstance(found, nn.Module):
+        return list(found.modules())
+    return [] if found is None else [lookup(layer, path.rpartition(".")[0]) if "." in path else layer]
 
 
 def _tensors(layer: nn.Module) -> list[tuple[type, torch.dtype, torch.device]]:

@@ -45,6 +45,19 @@ class DistanceBias(Deferred):
         self.table = table
 
 
+class PaddingMask(Deferred):
+    """A mask `[B, 1, S, S]` of 0 and 1: what is not 0 for query and key in `tokens` `[B, S]`, a boolean tensor."""
+
+    def __init__(self, make: Callable[[], torch.Tensor], tokens: torch.Tensor) -> None:
+        super().__init__(make)
+        self.tokens = tokens
+
+
+def distances(seqlen: int, device: torch.device) -> torch.Tensor:
+    """Between two of `seqlen` positions, all that there are: `[2 * seqlen - 1]`, ascending."""
+    return torch.arange(1 - seqlen, seqlen, device=device)
+
+
 def restored(value: Any) -> Any:
     """`value` as the original code would have it."""
     return value.restore() if isinstance(value, Deferred) else value

@@ -136,6 +136,7 @@ class FastLayer(nn.Module):
         refuse_arguments(others, state.understood)
         if adapter.extra_outputs and call is not None and call.wants_attentions:
             raise Delegated("the loop around the layers reads the attention weights that they return")
+        mask = KINDS[adapter.attention].mask(mask, others)
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..eligibility import touched
-from .deferred import DistanceBias, owner_may_defer
+from .deferred import Deferred, DistanceBias, PaddingMask, distances, owner_may_defer
 
 
 class FastOwner(nn.Module):
@@ -32,9 +32,20 @@ class FastMPNetEncoder(FastOwner):
         return DistanceBias(lambda: original(x), table(buckets).t().contiguous())
 
 
-def distances(seqlen: int, device: torch.device) -> torch.Tensor:
-    """Of a key from a query, all that there are in a row of `seqlen` tokens: `[2 * seqlen - 1]`."""
-    return torch.arange(1 - seqlen, seqlen, device=device)
+class FastDebertaEncoder(FastOwner):
+    """Masks and distances for all pairs of tokens (https://arxiv.org/abs/2006.03654), which nobody needs."""
+
+    def get_attention_mask(self, attention_mask: torch.Tensor) -> Any:
+        original = super().get_attention_mask
+        if attention_mask.dim() != 2 or not owner_may_defer(self):
+            return original(attention_mask)
+        return PaddingMask(lambda: original(attention_mask), attention_mask != 0)
+
+    def get_rel_pos(self, hidden_states: torch.Tensor, query_states: Any = None, relative_pos: Any = None) -> Any:
+        original = super().get_rel_pos
+        if not (self.relative_attention and query_states is relative_pos is None and owner_may_defer(self)):
+            return original(hidden_states, query_states, relative_pos)
+        return Deferred(lambda: original(hidden_states))
 
 
 def row_length(hidden: torch.Tensor) -> int:
@@ -45,4 +56,7 @@ def row_length(hidden: torch.Tensor) -> int:
 # By qualified name of the owner's class.
 OWNERS: dict[str, type[FastOwner]] = {
     "transformers.models.mpnet.modeling_mpnet.MPNetEncoder": FastMPNetEncoder,
+    "transformers.models.deberta.modeling_deberta.DebertaEncoder": FastDebertaEncoder,
+    "transformers.models.sew_d.modeling_sew_d.SEWDTransformerEncoder": FastDebertaEncoder,
+    "transformers.models.deberta_v2.modeling_deberta_v2.DebertaV2Encoder": FastDebertaEncoder,
 }

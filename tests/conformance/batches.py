@@ -35,6 +35,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "text": ALL,
     "seq2seq": ALL,
     "text_with_boxes": ALL,
+    "hidden_states": ALL,
+    "layout": ALL,
     "series": ALL,
     "lxmert": ALL,
     "characters": ALL,
@@ -153,6 +155,27 @@ def _text_with_boxes(case: Case, model: nn.Module, pattern: str, generator: torc
     corners = page * torch.rand(*batch.inputs["input_ids"].shape, 2, 2, generator=generator)
     corners = corners if page == 1.0 else corners.long()
     batch.inputs["bbox"] = corners.sort(dim=-2).values.flatten(-2)
+    return batch
+
+
+def _hidden_states(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """An encoder by itself, behind whatever makes its input."""
+    attention_mask = mask(pattern)
+    rows = 3 if attention_mask is None else len(attention_mask)
+    inputs = {"hidden_states": torch.randn(rows, 13, model.config.hidden_size, generator=generator)}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    return Batch(inputs, None if attention_mask is None else attention_mask.bool())
+
+
+def _layout(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """The same for documents: an additive mask, boxes, and positions in reading order, which begin anew at every third."""
+    batch = _hidden_states(case, model, pattern, generator)
+    rows, size = batch.inputs["hidden_states"].shape[:2]
+    real = torch.ones(rows, size) if batch.real is None else batch.real.float()
+    batch.inputs["attention_mask"] = (1.0 - real)[:, None, None] * torch.finfo(torch.float32).min
+    batch.inputs["bbox"] = torch.randint(0, case.options["page"], (rows, size, 4), generator=generator)
+    batch.inputs["position_ids"] = (torch.arange(size) % 3).expand(rows, -1)
     return batch
 
 

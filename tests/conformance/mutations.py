@@ -14,7 +14,7 @@ from . import weights
 
 Mutation = tuple[str, Callable[[nn.Module], None]]
 # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
-_KEY = ("key", "k_proj", "k_lin", "k", "key_proj")
+_KEY = ("key", "k_proj", "k_lin", "k", "key_proj", "pos_key_proj")
 _SCALE = ("scaling", "scale")
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 _FLAGS = ("global_attention", "window")  # whether a layer attends inside the image or inside windows of it

@@ -9,8 +9,11 @@ from __future__ import annotations
 from .biased import Biased
 from .blocks import BlockDiagonalRope
 from .call import LayerCall
+from .dense_bias import GridBias, LayoutBias
+from .disentangled import Disentangled, DisentangledV1
 from .kind import AttentionKind
 from .position_bias import PositionBias, T5Bias
+from .query_bias import BoxBias, DistanceKeys, GatedBias
 from .rope import RoFormerRope, Rope
 from .softcap import Softcap
 from .vision_rope import ComplexRope, VisionRope
@@ -27,6 +30,16 @@ KINDS: dict[str, AttentionKind] = {
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
+    "disentangled": Disentangled(),
+    "disentangled-v1": DisentangledV1(),
+    "layout-v2": LayoutBias("v2"),
+    "layout-v3": LayoutBias("v3"),
+    "layout-boxes": LayoutBias("boxes"),
+    "grid": GridBias(owner="", shared=""),
+    "grid-in-attention": GridBias(owner="attention.attention", shared="relative_position_bias"),
+    "gated-bias": GatedBias(),
+    "box-bias": BoxBias(),
+    "distance-keys": DistanceKeys(),
     "rope": Rope(),
     "rope-interleaved": Rope(interleaved=True),
     "rope-roformer": RoFormerRope(),

@@ -25,6 +25,11 @@ class AttentionKind:
         """Where the tokens of `hidden` `[B, S, D]` are (`PackedBatch.geometry`). May raise NotAPaddingMask."""
         return PackedBatch.geometry(hidden, mask, marks)
 
+    def mask(self, mask: Any, arguments: dict[str, Any]) -> Any:
+        """The mask that a layer was given, in a form that `PackedBatch.geometry` reads. What is more than a mask may be moved
+        to `arguments`."""
+        return mask
+
     def features(self, call: LayerCall) -> dict[str, Any]:
         """Keyword arguments of `kernels.varlen_attention` for this call. May raise Delegated."""
         return {}
@@ -50,6 +55,26 @@ class AttentionKind:
         if "key_norm" in norms:
             k = _normed(call, "key_norm", k)
         return q, k, v
+
+
+def with_biases(
+    call: LayerCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and values `[T, H, d]` plus the attention's `q_bias` and `v_bias`, of one projection that has no bias."""
+    attention, shape = call.binding.attention, q.shape[1:]
+    return q + attention.q_bias.view(shape).to(q.dtype), k, v + attention.v_bias.view(shape).to(v.dtype)
+
+
+def sequences_of(batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+    """Packed `[T, *]` as `[B, L, *]`, `L = max_seqlen`; behind the end of a sequence stands the data of other tokens."""
+    if batch.indices is None and batch.seqlen:
+        return x.unflatten(0, (batch.batch, batch.seqlen))
+
+    def make() -> torch.Tensor:
+        counted = torch.arange(batch.max_seqlen, device=x.device)
+        return (batch.offsets[:-1, None] + counted).clamp(max=x.shape[0] - 1)
+
+    return x[batch.remembered(("slots",), batch.offsets, make)]
 
 
 def _normed(call: LayerCall, slot: str, x: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ...packing import PackedBatch
-from ..deferred import Deferred, DistanceBias, may_defer
+from ..deferred import Deferred, DistanceBias, distances, may_defer
 from ..guards import Delegated
-from ..owners import distances
 from ..stack import current_call
 from .call import LayerCall
 from .kind import AttentionKind
@@ -28,7 +27,7 @@ def bias_features(batch: PackedBatch, bias: Any, heads: int) -> dict[str, torch.
         table = bias.table
         if batch.layout != "holes":
             return {"relative_bias": table}
-        return {"bias": batch.remembered(("bias", id(table)), table, lambda: _between_tokens(batch, table))}
+        return {"bias": batch.remembered(("bias", id(table)), table, lambda: between_tokens(batch, table))}
     if isinstance(bias, Deferred):
         bias = bias.restore()
     rows = (1, batch.batch) if batch.seqlen else (1,)
@@ -42,7 +41,7 @@ def bias_features(batch: PackedBatch, bias: Any, heads: int) -> dict[str, torch.
     return {"bias": batch.remembered(("bias", id(bias)), bias, lambda: _of_tokens(batch, bias))}
 
 
-def _between_tokens(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
+def between_tokens(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
     """`[H, 2R - 1]` by distance in the padded row -> `[B, H, L, L]` for the tokens of each sequence."""
     positions = batch.positions()
     reach = table.shape[1] // 2
