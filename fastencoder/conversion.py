@@ -109,7 +109,7 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     for name, layer in chosen:
         entry = registry.by_class(type(layer))
         assert entry is not None  # or it would not have been chosen
-        adapter = entry.adapter
+        adapter = entry.adapter.of(layer)
         place = _find_stack(modules, name, adapter)
         if place is not None and place not in stacks:
             graphs = GraphRunner() if cuda_graphs else None

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .spec import LINEAR_SLOTS, NameMap
 
+# The second is what nn.MultiheadAttention has for its output: a Linear that torch's dynamic quantisation passes over.
+_PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)
 # Packages whose replacements of nn.Linear work on each token by itself.
 _TOKEN_WISE_PACKAGES = ("peft.", "bitsandbytes.", "torchao.", "torch.ao.", "torch.nn.quantized.", "optimum.quanto.")
 
@@ -53,7 +56,7 @@ def is_plain(part: Any) -> bool:
     if isinstance(part, ParameterPair):
         return True
     # A subclass of Parameter (torchao's) has a matrix product of its own.
-    return type(part) is nn.Linear and type(part.weight) in (nn.Parameter, *_tracing_types())
+    return type(part) in _PLAIN and type(part.weight) in (nn.Parameter, *_tracing_types())
 
 
 def _tracing_types() -> tuple[type, ...]:
@@ -86,7 +89,7 @@ def examine_linears(layer: nn.Module, names: NameMap) -> tuple[frozenset[str], l
 
 
 def _is_known_adapter(part: nn.Module) -> bool:
-    return type(part) is nn.Linear or f"{type(part).__module__}.".startswith(_TOKEN_WISE_PACKAGES)
+    return type(part) in _PLAIN or f"{type(part).__module__}.".startswith(_TOKEN_WISE_PACKAGES)
 
 
 @torch.inference_mode(False)

@@ -89,7 +89,8 @@ class Adapter:
         names: where the parts are. Several maps may be given where versions of transformers differ: the first one whose
             paths all exist in the layer is used.
         mask: name of the parameter of the layer's `forward` that carries the attention mask.
-        mask_marks: what True means in a two-dimensional boolean mask that reaches the layer.
+        mask_marks: what True means in a two-dimensional boolean mask `[B, S]` that reaches the layer; "pairs" where a mask of
+            two dimensions is one of queries and keys.
         clamp: what the layer does to its fp16 output: nothing, clamp it if any value is not finite, or always clamp; or clamp
             after each block if any value is infinite.
         extra_outputs: None for a layer that returns a tensor, otherwise how many values follow the hidden states in the
@@ -113,6 +114,8 @@ class Adapter:
         requires: attribute paths with the values that this adapter describes. Another value means another program: such
             a layer is left alone.
         refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
+        choose: given a layer, the adapter that describes it, for a class that computes one of several programs.
+        sources: modules of Python, beside the layer's own file, whose classes its parts may be.
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
@@ -127,7 +130,7 @@ class Adapter:
     norm_placement: NormPlacement
     names: tuple[NameMap, ...]
     mask: str = "attention_mask"
-    mask_marks: Literal["tokens", "padding"] = "tokens"
+    mask_marks: Literal["tokens", "padding", "pairs"] = "tokens"
     clamp: Clamp = "none"
     extra_outputs: int | None = None
     gives_back: tuple[str, ...] = ()
@@ -144,11 +147,17 @@ class Adapter:
     label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)
     refuses: Callable[[Any], str | None] | None = None
+    choose: Callable[[Any], Adapter] | None = None
+    sources: tuple[str, ...] = ()
     decoder: str | None = None
     keeps_hidden_states: bool = False
     padding_is_read: bool | str = False
     padding_readers: tuple[str, ...] = ()
     schedule: Literal["list", "albert"] = "list"
+
+    def of(self, layer: Any) -> Adapter:
+        """The adapter that describes this very layer of the class."""
+        return self if self.choose is None else self.choose(layer)
 
     @property
     def family(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ..spec import Adapter
 from . import (
+    external,
     post_ln,
     pre_ln,
     relative_bias,
@@ -32,3 +33,6 @@ def builtin_adapters() -> Iterator[tuple[str, Adapter, tuple[str, ...]]]:
         for table_adapter, rows in family.TABLES:
             for path, model_types in rows.items():
                 yield f"transformers.models.{path}", table_adapter, tuple(model_types.split())
+    for table_adapter, rows in external.TABLES:
+        for path, model_types in rows.items():
+            yield path, table_adapter, tuple(model_types.split())

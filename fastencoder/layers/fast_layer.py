@@ -200,9 +200,12 @@ class FastLayer(nn.Module):
         return _as_original(adapter, call.carried)
 
     def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:
-        if mask is not None or hidden.layout is not torch.jagged:
-            raise Delegated("a nested tensor with a mask, or one that is not jagged")
-        batch = PackedBatch.from_nested(hidden)
+        if mask is not None:
+            raise Delegated("a nested tensor with a mask")
+        try:
+            batch = PackedBatch.from_nested(hidden)
+        except ValueError as error:
+            raise Delegated(str(error)) from None
         return _as_original(adapter, batch.nested_like(hidden, run(batch, batch.values)))
 
     def _run_already_packed(
@@ -253,9 +256,14 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
         raise Delegated("this attention is causal where no mask is given")
     if mask is not None and type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
+    marks = binding.spec.adapter.mask_marks
+    if mask is not None and mask.dim() == 2 and marks == "pairs":
+        raise Delegated("the mask is one of queries and keys")
+    if mask is not None and mask.dim() == 2 and mask.is_floating_point():
+        mask = mask[:, None, None]  # additive, by key
     try:
-        adapter = binding.spec.adapter
-        return KINDS[adapter.attention].geometry(hidden, mask, adapter.mask_marks)
+        kind = KINDS[binding.spec.adapter.attention]
+        return kind.geometry(hidden, mask, "tokens" if marks == "pairs" else marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     cases_bias,
+    cases_external,
     cases_post_ln,
     cases_pre_ln,
     cases_rope,
@@ -12,6 +13,7 @@ from .case import Case
 
 _FILES = (
     cases_bias,
+    cases_external,
     cases_post_ln,
     cases_pre_ln,
     cases_rope,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .call import LayerCall
 from .kind import AttentionKind
+from .pair_mask import CausalFlag, PairMask
 from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
 from .windowed import Windowed
@@ -15,6 +16,8 @@ from .windowed import Windowed
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
     "plain": AttentionKind(),
+    "pair mask": PairMask(),
+    "causal flag": CausalFlag(),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
