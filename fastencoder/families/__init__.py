@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ..spec import Adapter
 from . import (
+    detection,
     external,
     post_ln,
     pre_ln,
@@ -19,6 +20,7 @@ from . import (
 )
 
 _FAMILIES = (
+    detection,
     post_ln,
     pre_ln,
     relative_bias,

@@ -41,7 +41,7 @@ def _torch_adapter(norm_first: bool, batch_first: bool) -> Adapter:
         (TORCH_NAMES,),
         mask="src_key_padding_mask",
         mask_marks="padding",
-        attention="pair mask",
+        attention="pair-mask",
         time_major=not batch_first,
         requires={"norm_first": norm_first, "self_attn.batch_first": batch_first, "self_attn.add_zero_attn": False},
         refuses=_two_activations,
@@ -55,7 +55,7 @@ def _torch_program(layer: Any) -> Adapter:
     return _TORCH[bool(layer.norm_first), bool(layer.self_attn.batch_first)]
 
 
-TORCH = replace(_TORCH[False, True], choose=_torch_program, label="pre-LN or post-LN MHA")
+TORCH = replace(_TORCH[False, True], choose=_torch_program, label="MHA")
 
 TIMM_NAMES = NameMap(
     qkv="attn.qkv",
@@ -119,7 +119,7 @@ TIMM = Adapter(
     (replace(TIMM_NAMES, **_TIMM_MLP),),
     mask="attn_mask",
     mask_marks="pairs",
-    attention="causal flag",
+    attention="causal-flag",
     sources=tuple(f"timm.layers.{name}" for name in _TIMM_SOURCES),
     refuses=_other_timm_parts,
     choose=_timm_program,
@@ -127,5 +127,5 @@ TIMM = Adapter(
 
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (TORCH, {"torch.nn.modules.transformer.TransformerEncoderLayer": ""}),
-    (TIMM, {"timm.models.vision_transformer.Block": "timm_wrapper"}),
+    (TIMM, {"timm.models.vision_transformer.Block": ""}),
 ]

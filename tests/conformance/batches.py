@@ -48,6 +48,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "patch_embeds": UNMASKED,
     "text_and_image": UNMASKED,
     "naflex": (RIGHT, HOLES, SINGLE, FULL, ONES),
+    "feature_map": UNMASKED,
+    "flat_map": ALL,
     "patch_grid": (NONE, RIGHT, HOLES, SINGLE, FULL, ONES),
 }
 
@@ -312,3 +314,24 @@ def _patch_grid(case: Case, model: nn.Module, pattern: str, generator: torch.Gen
     inputs["pixel_values"] = inputs["pixel_values"][: len(sides)]
     inputs["patch_attention_mask"] = grid
     return Batch(inputs, grid.flatten(1))
+
+
+def _feature_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """What RT-DETR's attention is given: a small map of features, without a mask."""
+    return Batch({"feature_map": 2 * torch.randn(_size(pattern), case.options["width"], 3, 4, generator=generator)})
+
+
+def _flat_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """What the encoders of DETR's line are given: flattened features, positions of each token, and a padding mask."""
+    attention_mask = mask(pattern)
+    rows = 3 if attention_mask is None else len(attention_mask)
+    shape = (rows, 13, case.options["width"])
+    inputs: dict[str, Any] = {
+        "inputs_embeds": 2 * torch.randn(shape, generator=generator),
+        case.options["positions"]: torch.randn(shape, generator=generator),
+    }
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    elif case.options["positions"] == "object_queries":
+        inputs["attention_mask"] = None
+    return Batch(inputs, None if attention_mask is None else attention_mask.bool())

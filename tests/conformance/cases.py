@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     cases_bias,
+    cases_detr,
     cases_external,
     cases_post_ln,
     cases_pre_ln,
@@ -13,6 +14,7 @@ from .case import Case
 
 _FILES = (
     cases_bias,
+    cases_detr,
     cases_external,
     cases_post_ln,
     cases_pre_ln,

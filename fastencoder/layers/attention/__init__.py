@@ -11,13 +11,17 @@ from .kind import AttentionKind
 from .pair_mask import CausalFlag, PairMask
 from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
+from .spatial import SpatialPositions
 from .windowed import Windowed
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
     "plain": AttentionKind(),
-    "pair mask": PairMask(),
-    "causal flag": CausalFlag(),
+    "pair-mask": PairMask(),
+    "causal-flag": CausalFlag(),
+    "spatial-positions": SpatialPositions("spatial_position_embeddings"),
+    "object-queries": SpatialPositions("object_queries"),
+    "position-embeddings": SpatialPositions("position_embeddings"),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
