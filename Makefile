@@ -65,9 +65,11 @@ $(VENV)/.demo: pyproject.toml $(TORCH_STAMP)
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
+# timm asks for torchvision, which would bring another torch; its transformers import without.
 $(VENV)/.test: pyproject.toml $(TORCH_STAMP)
 	@echo "installing fastencoder[test,demo] into $(VENV)"
 	@$(PIP) --editable '.[test,demo]'
+	@$(PIP) --no-deps 'timm>=1.0.20'
 	@touch $@
 
 demo: $(VENV)/.demo

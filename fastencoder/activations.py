@@ -32,6 +32,8 @@ _FUSED = {
     "SiLUActivation": "silu",
     "LinearActivation": "identity",
 }
+# Those of timm.layers.activations.
+_TIMM = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
 def activation_name(activation: object) -> str | None:
@@ -49,4 +51,6 @@ def activation_name(activation: object) -> str | None:
         return "silu"
     if cls.__module__ == "transformers.activations":
         return _FUSED.get(cls.__name__, "module")
+    if cls.__module__ == "timm.layers.activations":
+        return _TIMM.get(cls.__name__)
     return "module" if cls in _ELEMENTWISE else None

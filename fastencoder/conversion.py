@@ -115,7 +115,7 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     for name, layer in chosen:
         known = fingerprints.find(type(layer))
         assert known is not None  # or it would not have been chosen
-        adapter = known.adapter
+        adapter = known.adapter.of(layer)
         place = _find_stack(modules, name, adapter)
         if place is not None and place not in stacks:
             graphs = GraphRunner() if cuda_graphs else None

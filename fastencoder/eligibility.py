@@ -97,7 +97,7 @@ def _checks(
 ) -> Iterator[str]:
     opaque, reasons = examine_linears(layer, names)
     opaque_paths = tuple(getattr(names, slot) for slot in opaque)
-    yield from _check_own_code(layer, layer_class, opaque_paths)
+    yield from _check_own_code(layer, layer_class, adapter, opaque_paths)
     yield from reasons
     yield from _check_norms(layer, names)
     yield from _check_nothing_added(layer, adapter, names)
@@ -117,10 +117,12 @@ def _inside(name: str, paths: tuple[str, ...]) -> bool:
     return any(name == path or name.startswith(path + ".") for path in paths)
 
 
-def _check_own_code(layer: nn.Module, layer_class: type[nn.Module], opaque: tuple[str, ...]) -> Iterator[str]:
+def _check_own_code(
+    layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter, opaque: tuple[str, ...]
+) -> Iterator[str]:
     """Every inner module must run the code of the layer's own file, of torch, or of transformers' activations; opaque ones run
     whatever they like."""
-    trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__)}
+    trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__), *adapter.sources}
     for name, module in layer.named_modules():
         what = name or "the layer itself"
         if "forward" in vars(module):

@@ -106,8 +106,21 @@ class PackedBatch:
 
     @classmethod
     def from_nested(cls, nested: torch.Tensor) -> PackedBatch:
-        """The halves of a jagged nested tensor `[B, *, D]`, without a copy."""
-        return cls.from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]
+        """The halves of a nested tensor `[B, *, D]`, without a copy: a jagged one, or a contiguous one of torch's older kind
+        (strided layout), as `nn.TransformerEncoder` makes them.
+
+        Raises:
+            ValueError: it is of the older kind, and not contiguous or not of three dimensions.
+        """
+        if nested.layout is torch.jagged:
+            return cls.from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]
+        if nested.dim() != 3 or not nested.is_contiguous():
+            raise ValueError("a strided nested tensor must be contiguous, with three dimensions")
+        sizes = nested._nested_tensor_size().tolist()  # on the host
+        lengths, width = tuple(length for length, _ in sizes), sizes[0][1]
+        offsets = _to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), nested.device)
+        values = nested.values().view(-1, width)
+        return cls(values, offsets, max(lengths), None, len(lengths), 0, lengths)
 
     def to_nested(self) -> torch.Tensor:
         """A jagged nested tensor `[B, *, D]` over the same memory (the offsets become int64)."""
@@ -115,6 +128,9 @@ class PackedBatch:
 
     def nested_like(self, nested: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`values` `[T, D]` as a nested tensor with the very offsets of `nested`, so that the two can be added."""
+        if nested.layout is torch.strided:
+            geometry = (nested._nested_tensor_size(), nested._nested_tensor_strides(), nested._nested_tensor_storage_offsets())
+            return torch._nested_view_from_buffer(values.flatten(), *geometry)
         return _jagged(values, nested.offsets(), self.max_seqlen)  # type: ignore[attr-defined]
 
     def tiles(self, head_dim: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -228,7 +228,7 @@ def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_m
             reason = _unknown(name, module)
             class_name = registry.qualified_name(type(module))
             return LayerRow(name, class_name, None, None, "left alone", (reason,), 0) if reason else None
-        layer_class, adapter = type(module), known.adapter
+        layer_class, adapter = type(module), known.adapter.of(module)
     class_name = registry.qualified_name(layer_class)
     finding = inspect_layer(module, layer_class, adapter, allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0

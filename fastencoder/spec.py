@@ -91,7 +91,8 @@ class Adapter:
         former_names: older names of the layer's arguments that it still takes, with what they are called now.
         mask: name of the parameter of the layer's `forward` that carries the attention mask; "" for a layer that takes none,
             or whose kind of attention reads it.
-        mask_marks: what True means in a two-dimensional boolean mask that reaches the layer.
+        mask_marks: what True means in a two-dimensional boolean mask `[B, S]` that reaches the layer; "pairs" where a mask of
+            two dimensions is one of queries and keys.
         mask_by_head: True if the mask that reaches the layer is materialised for every head, all heads alike.
         clamp: what the layer does to its fp16 output: nothing, clamp it if any value is not finite, or always clamp; or clamp
             after each block if any value is infinite.
@@ -119,6 +120,8 @@ class Adapter:
         bidirectional: True if the attention is never causal, whatever attributes it has or lacks: it does not go through
             transformers' attention functions, which take a module without `is_causal` for a causal one.
         refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
+        choose: given a layer, the adapter that describes it, for a class that computes one of several programs.
+        sources: modules of Python, beside the layer's own file, whose classes its parts may be.
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
@@ -135,7 +138,7 @@ class Adapter:
     norm_placement: NormPlacement
     names: tuple[NameMap, ...]
     mask: str = "attention_mask"
-    mask_marks: Literal["tokens", "padding"] = "tokens"
+    mask_marks: Literal["tokens", "padding", "pairs"] = "tokens"
     mask_by_head: bool = False
     clamp: Clamp = "none"
     extra_outputs: int | None = None
@@ -156,12 +159,18 @@ class Adapter:
     label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)
     refuses: Callable[[Any], str | None] | None = None
+    choose: Callable[[Any], Adapter] | None = None
+    sources: tuple[str, ...] = ()
     decoder: str | None = None
     keeps_hidden_states: bool = False
     works_between: str = ""
     padding_is_read: bool | str = False
     padding_readers: tuple[str, ...] = ()
     schedule: Literal["list", "albert"] = "list"
+
+    def of(self, layer: Any) -> Adapter:
+        """The adapter that describes this very layer of the class."""
+        return self if self.choose is None else self.choose(layer)
 
     @property
     def family(self) -> str:

@@ -44,7 +44,7 @@ def test_an_entry_whose_class_is_not_installed() -> None:
 def test_layer_classes_are_unique_and_typed() -> None:
     names = [entry.layer_class for entry in registry.entries()]
     assert len(names) == len(set(names)) > 60
-    assert all(entry.model_types for entry in registry.entries())
+    assert all(entry.model_types or not entry.layer_class.startswith("transformers.") for entry in registry.entries())
 
 
 def test_nothing_is_imported_to_ask_it() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from ..spec import Adapter
 from . import (
     deberta,
+    detection,
+    external,
     post_ln,
     pre_ln,
     pre_ln_vision,
@@ -22,6 +24,7 @@ from . import (
 )
 
 _FAMILIES = (
+    detection,
     post_ln,
     pre_ln,
     pre_ln_vision,
@@ -40,3 +43,6 @@ def builtin_adapters() -> Iterator[tuple[str, Adapter, tuple[str, ...]]]:
         for table_adapter, rows in family.TABLES:
             for path, model_types in rows.items():
                 yield f"transformers.models.{path}", table_adapter, tuple(model_types.split())
+    for table_adapter, rows in external.TABLES:
+        for path, model_types in rows.items():
+            yield path, table_adapter, tuple(model_types.split())

@@ -220,9 +220,12 @@ class FastLayer(nn.Module):
         return _as_original(adapter, call.carried)
 
     def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:
-        if mask is not None or hidden.layout is not torch.jagged:
-            raise Delegated("a nested tensor with a mask, or one that is not jagged")
-        batch = PackedBatch.from_nested(hidden)
+        if mask is not None:
+            raise Delegated("a nested tensor with a mask")
+        try:
+            batch = PackedBatch.from_nested(hidden)
+        except ValueError as error:
+            raise Delegated(str(error)) from None
         return _as_original(adapter, batch.nested_like(hidden, run(batch, batch.values)))
 
     def _run_already_packed(
@@ -283,12 +286,18 @@ def _geometry(binding: Binding, hidden: torch.Tensor, mask: Any) -> PackedBatch:
     if mask is not None and type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
     adapter = binding.spec.adapter
+    marks = adapter.mask_marks
     if adapter.mask_by_head and mask is not None and mask.dim() == 4:
         if not torch.equal(mask, mask[:, :1].expand_as(mask)):
             raise Delegated("the mask differs between heads")
         mask = mask[:, :1]
+    if mask is not None and mask.dim() == 2 and marks == "pairs":
+        raise Delegated("the mask is one of queries and keys")
+    if mask is not None and mask.dim() == 2 and mask.is_floating_point():
+        mask = mask[:, None, None]  # additive, by key
     try:
-        return KINDS[adapter.attention].geometry(hidden, mask, adapter.mask_marks)
+        kind = KINDS[adapter.attention]
+        return kind.geometry(hidden, mask, "tokens" if marks == "pairs" else marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
 

@@ -51,7 +51,7 @@ class Projections:
         self.out = self.slots["out"]
         self.down = self.slots.get("down")
         self._separate_qkv = "qkv" not in binding.linears
-        self._fused_qkv = self._separate_qkv and not spec.opaque.intersection(_QKV)
+        self._fused_qkv = self._separate_qkv and _one_product(spec)
         if self._fused_qkv:
             self._fuse_qkv([binding.linears[slot] for slot in _QKV])
         self._joined_gate = None
@@ -62,7 +62,7 @@ class Projections:
     def _projection(self, slot: str, part: Any) -> Projection:
         if slot in self.spec.opaque:
             return Opaque(part)
-        fused_anyway = slot in _QKV and not self.spec.opaque.intersection(_QKV)
+        fused_anyway = slot in _QKV and _one_product(self.spec)
         return Prepacked(part) if self.layout == "prepacked" and not fused_anyway else Plain(part)
 
     def _fuse_qkv(self, linears: list[Any]) -> None:
@@ -154,6 +154,11 @@ def joinable(layer: nn.Module, names: NameMap) -> list[list[Any]]:
         for group in groups
         if all(getattr(names, slot) for slot in group)
     ]
+
+
+def _one_product(spec: LayerSpec) -> bool:
+    """Whether queries, keys and values are one product: plain linears of one and the same input."""
+    return not spec.opaque.intersection(_QKV) and not spec.adapter.options.get("separate_qkv")
 
 
 def _plain(binding: Binding) -> dict[str, Any]:

@@ -56,6 +56,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "patch_rows": UNMASKED,
     "tiles": (NONE, SINGLE, FULL),
     "flat_patches": (RIGHT, HOLES, SINGLE, FULL, ONES),
+    "feature_map": UNMASKED,
+    "flat_map": ALL,
     "patch_grid": (NONE, RIGHT, HOLES, SINGLE, FULL, ONES),
     "patches": (NONE, SINGLE, ONES),
     "strip": (NONE, SINGLE, ONES),
@@ -409,3 +411,22 @@ def _flat_patches(case: Case, model: nn.Module, pattern: str, generator: torch.G
     return Batch(
         {"flattened_patches": torch.cat([places, pixels], -1), "attention_mask": attention_mask}, attention_mask.bool()
     )
+def _feature_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """What RT-DETR's attention is given: a small map of features, without a mask."""
+    return Batch({"feature_map": 2 * torch.randn(_size(pattern), case.options["width"], 3, 4, generator=generator)})
+
+
+def _flat_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """What the encoders of DETR's line are given: flattened features, positions of each token, and a padding mask."""
+    attention_mask = mask(pattern)
+    rows = 3 if attention_mask is None else len(attention_mask)
+    shape = (rows, 13, case.options["width"])
+    inputs: dict[str, Any] = {
+        "inputs_embeds": 2 * torch.randn(shape, generator=generator),
+        case.options["positions"]: torch.randn(shape, generator=generator),
+    }
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    elif case.options["positions"] == "object_queries":
+        inputs["attention_mask"] = None
+    return Batch(inputs, None if attention_mask is None else attention_mask.bool())

@@ -5,23 +5,20 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import batches, hosts, weights
+from . import batches, external, hosts, weights
+from .absent import Absent
 
 FAST = "fast"  # to_fast converts the stack, and an ordinary call runs fast
 DELEGATES = "delegates"  # to_fast converts the stack, but calls of this model (a causal mask) run the stock forward
 REFUSED = "refused"  # to_fast(strict=True) refuses the model, with a reason
 LEFT_ALONE = "left alone"  # to_fast converts other layers of the model; these are not an encoder's
 UNREGISTERED = "unregistered"  # not in the registry: to_fast finds nothing that it knows in the model
-
-
-class Absent(Exception):
-    """The layer class, or the model class, does not exist in the installed transformers."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     config_class: str = ""  # default: the model class's own config_class
     module: str = ""  # default: modeling_<package>
+    home: str = ""  # full name of the module of a layer class that is not in transformers
+    where: str = ""  # the file of this folder that holds the model, where it is one of our own
     outputs: tuple[str, str, str] = ("last_hidden_state", "hidden_states", "attentions")
     options: dict[str, Any] = field(default_factory=dict)  # for the builder of the inputs
     patterns: tuple[str, ...] = ()  # default: all those that the inputs know
@@ -61,7 +60,7 @@ class Case:
 
     @property
     def module_name(self) -> str:
-        return f"transformers.models.{self.package}.{self.module or 'modeling_' + self.package}"
+        return self.home or f"transformers.models.{self.package}.{self.module or 'modeling_' + self.package}"
 
     @property
     def layer_class_name(self) -> str:
@@ -83,7 +82,7 @@ class Case:
     def model_class(self) -> type[nn.Module]:
         if self.model.startswith("hosts."):
             return getattr(hosts, self.model.removeprefix("hosts."))
-        return _lookup(self.module_name, self.model)
+        return _lookup(f"{__package__}.{self.where}" if self.where else self.module_name, self.model)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The layers of the stack(s), in order."""
@@ -111,6 +110,8 @@ def merge(*configs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lookup(module_name: str, name: str) -> Any:
+    if module_name.startswith("timm."):
+        external.import_timm()
     try:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -125,6 +126,8 @@ def _lookup(module_name: str, name: str) -> Any:
 def build_config(case: Case) -> Any:
     """The tiny config of a row."""
     model_class = case.model_class()
+    if case.where:
+        return SimpleNamespace(**case.config)
     if case.config_class:
         config_class = _lookup(case.module_name.replace(".modeling_", ".configuration_"), case.config_class)
     else:

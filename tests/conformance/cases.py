@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import (
     cases_bias,
+    cases_detr,
+    cases_external,
     cases_post_ln,
     cases_pre_ln,
     cases_pre_ln_vision,
@@ -14,6 +16,8 @@ from .case import Case
 
 _FILES = (
     cases_bias,
+    cases_detr,
+    cases_external,
     cases_post_ln,
     cases_pre_ln,
     cases_pre_ln_vision,

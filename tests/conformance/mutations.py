@@ -15,6 +15,7 @@ from . import weights
 Mutation = tuple[str, Callable[[nn.Module], None]]
 # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
 _KEY = ("key", "k_proj", "k_lin", "k", "key_proj", "pos_key_proj")
+_KEY_NORM = ("k_norm",)  # whose bias is one of the keys
 _SCALE = ("scaling", "scale")
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 _FLAGS = ("global_attention", "window")  # whether a layer attends inside the image or inside windows of it
@@ -52,10 +53,11 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
         if weights.is_norm(module):
             yield f"{path}.eps", _eps(path)
             yield f"{path}.weight", _fill(path, "weight", 1.0)
-            if getattr(module, "bias", None) is not None:
+            if getattr(module, "bias", None) is not None and inner.split(".")[-1] not in _KEY_NORM:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
-            if isinstance(getattr(module, attribute, None), float):
+            unread = getattr(module, "fused_attn", False)  # timm's attention, where torch's function takes its own scale
+            if isinstance(getattr(module, attribute, None), float) and not unread:
                 yield f"{path}.{attribute}", _attribute(path, attribute, 0.25 if getattr(module, attribute) == 1.0 else 1.0)
         if isinstance(module, nn.Embedding):  # a table of biases by distance
             yield f"{path}.weight", _fill(path, "weight", 0.0)

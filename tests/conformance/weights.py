@@ -104,7 +104,10 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_hook(fit_linear(SPREAD[_role(name.rsplit(".", 1)[-1])])))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused encoder layers call no hooks
     forward()
+    torch.backends.mha.set_fastpath_enabled(fused)
     for handle in handles:
         handle.remove()
 

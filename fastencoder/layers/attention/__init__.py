@@ -12,10 +12,12 @@ from .call import LayerCall
 from .dense_bias import GridBias, LayoutBias
 from .disentangled import Disentangled, DisentangledV1
 from .kind import AttentionKind
+from .pair_mask import CausalFlag, PairMask
 from .position_bias import PositionBias, T5Bias
 from .query_bias import BoxBias, DistanceKeys, GatedBias
 from .rope import RoFormerRope, Rope
 from .softcap import Softcap
+from .spatial import SpatialPositions
 from .vision_rope import ComplexRope, VisionRope
 from .vjepa_rope import VJepaRope
 from .windowed import Windowed
@@ -27,6 +29,11 @@ KINDS: dict[str, AttentionKind] = {
     "biased": Biased(),
     "joined-windows": JoinedWindows(),
     "softcap": Softcap(),
+    "pair-mask": PairMask(),
+    "causal-flag": CausalFlag(),
+    "spatial-positions": SpatialPositions("spatial_position_embeddings"),
+    "object-queries": SpatialPositions("object_queries"),
+    "position-embeddings": SpatialPositions("position_embeddings"),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
