@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from . import registry
+from . import fingerprints, registry
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
 from .layers import (
@@ -33,6 +33,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Where a module keeps what it knows beside its parameters.
 _STATE = {LayerState: "_fastencoder", EmbeddingState: "_fastencoder_embeddings"}
+# What mixes neighbouring positions, padding among them, along a sequence.
+_MIX_POSITIONS = (nn.Conv1d, nn.RNNBase)
 
 
 class NotEligibleError(ValueError):
@@ -106,18 +108,21 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
+    known_layers = fingerprints.find_all(model)
     for name, layer in chosen:
-        entry = registry.by_class(type(layer))
-        assert entry is not None  # or it would not have been chosen
-        adapter = entry.adapter
+        known = known_layers[name]
+        adapter = known.adapter
         place = _find_stack(modules, name, adapter)
         if place is not None and place not in stacks:
             graphs = GraphRunner() if cuda_graphs else None
             owner = modules[place[0]]
-            stacks[place] = (owner, _make_stack(owner, place[1], type(layer), adapter, graphs))
+            stacks[place] = (owner, _make_stack(owner, place[1], type(layer), known, graphs))
         stack = stacks[place][1] if place is not None else None
         padding_is_read = any(class_name.endswith(adapter.padding_readers) for class_name in class_names)
-        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack, padding_is_read)))
+        if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers):
+            # Nobody has looked at the code around these layers.
+            padding_is_read = any(isinstance(module, _MIX_POSITIONS) for module in modules.values())
+        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack, padding_is_read, known.unproven)))
     embeddings = [(module, EMBEDDINGS.get(registry.qualified_name(type(module)))) for module in modules.values()]
     plan += [
         (module, fast_class(type(module)), EmbeddingState(adapter)) for module, adapter in embeddings if adapter is not None
@@ -157,12 +162,12 @@ def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> t
 
 
 def _make_stack(
-    owner: nn.Module, path: str, layer_class: type, adapter: Adapter, graphs: GraphRunner | None
+    owner: nn.Module, path: str, layer_class: type, known: fingerprints.Known, graphs: GraphRunner | None
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
     own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
-    may_carry = own_loop and not adapter.keeps_hidden_states
-    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs)
+    may_carry = own_loop and not known.adapter.keeps_hidden_states and fingerprints.has_known_loop(type(owner), known)
+    return Stack(registry.qualified_name(type(owner)), path, known.adapter.schedule, may_carry, graphs)
 
 
 def reverse(model: Model) -> Model:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import registry
+from . import fingerprints, registry
 from .attention_level import AttentionSite, AttentionState, VarlenAttention, find_sites, own_class
 from .eligibility import Finding, inspect_layer
 from .families.left_out import LEFT_OUT
-from .layers import FastLayer, LayerState
+from .layers import FastLayer, LayerState, trial
 from .layers.weights import extra_bytes
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class LayerRow:
         reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did; at the
             level "attention", also why batches with padding run the original attention, if they do.
         extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
+        notes: how it is known what it computes, if not by its class's name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerRow:
     status: str
     reasons: tuple[str, ...]
     extra_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Report:
@@ -108,12 +110,13 @@ class Report:
             table.add_column(heading, ratio=ratio, overflow="fold")
         for heading in ("level", "status"):
             table.add_column(heading, no_wrap=True)
-        table.add_column("why not", ratio=6, overflow="fold")
+        table.add_column("why", ratio=6, overflow="fold")
         for names, row in self._runs():
             colour = {"fast": "green", "eligible": "green", "refused": "red"}.get(row.status, "dim")
             class_name = row.layer_class.rpartition(".")[2]
             status = f"[{colour}]{row.status}[/]"
-            table.add_row(names, class_name, row.family or "-", row.level or "-", status, "; ".join(row.reasons))
+            why = "; ".join(row.reasons + row.notes)
+            table.add_row(names, class_name, row.family or "-", row.level or "-", status, why)
         return table
 
     def _runs(self) -> Iterator[tuple[str, LayerRow]]:
@@ -146,7 +149,7 @@ class Report:
 
 def _alike(a: LayerRow, b: LayerRow) -> bool:
     parent_a, parent_b = a.name.rpartition(".")[0], b.name.rpartition(".")[0]
-    said_a, said_b = (a.layer_class, a.level, a.status, a.reasons), (b.layer_class, b.level, b.status, b.reasons)
+    said_a, said_b = ((row.layer_class, row.level, row.status, row.reasons, row.notes) for row in (a, b))
     return parent_a == parent_b and said_a == said_b
 
 
@@ -181,10 +184,13 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
         sites.setdefault(path, []).append(site)
         around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
+    known = fingerprints.find_all(model)
     for name, module in model.named_modules():
         if name in sites:
             rows.append((_row_of_attention(name, module, sites[name]), module))
-        elif (row := _row(name, module, allow_meta)) is not None and not (row.level is None and name in around):
+            continue
+        row = _row(name, module, known.get(name), allow_meta)
+        if row is not None and not (row.level is None and name in around):
             rows.append((row, module))
     return rows
 
@@ -212,24 +218,38 @@ def _row_of_attention(name: str, module: nn.Module, sites: list[AttentionSite]) 
     return LayerRow(name, registry.qualified_name(layer_class), None, "attention", status, tuple(dict.fromkeys(kept)), 0)
 
 
-def _row(name: str, module: nn.Module, allow_meta: bool) -> LayerRow | None:
+def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_meta: bool) -> LayerRow | None:
     if isinstance(module, FastLayer):  # it keeps its adapter, whatever the registry says by now
         layer_class, adapter = module.original_class, module._fastencoder.adapter
     else:
-        entry = registry.by_class(type(module))
-        if entry is None:
+        if known is None:
             reason = _unknown(name, module)
             class_name = registry.qualified_name(type(module))
             return LayerRow(name, class_name, None, None, "left alone", (reason,), 0) if reason else None
-        layer_class, adapter = type(module), entry.adapter
+        layer_class, adapter = type(module), known.adapter
     class_name = registry.qualified_name(layer_class)
     finding = inspect_layer(module, layer_class, adapter, allow_meta)
     memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
+    notes = _notes(module, known)
     if isinstance(module, FastLayer):
         reasons = _delegations(module._fastencoder, "layer")
-        return LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, memory)
-    level = "layer" if finding.spec else None
-    return LayerRow(name, class_name, adapter.family, level, _status(finding), finding.reasons, memory)
+        return LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, memory, notes)
+    failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
+    if finding.spec and failed is not None:
+        return LayerRow(name, class_name, adapter.family, None, "refused", (failed,), 0)
+    if not finding.spec:
+        return LayerRow(name, class_name, adapter.family, None, _status(finding), finding.reasons, 0)
+    return LayerRow(name, class_name, adapter.family, "layer", "eligible", (), memory, notes)
+
+
+def _notes(module: nn.Module, known: fingerprints.Known | None) -> tuple[str, ...]:
+    if known is not None and known.like is not None:
+        return (f"same source as {known.like.rpartition('.')[2]}",)
+    if known is None or not known.unproven:
+        return ()
+    if isinstance(module, FastLayer) and len(module._fastencoder.to_prove) < len(trial.KINDS):
+        return ("checked numerically against its own forward: its source differs from the tested versions",)
+    return ("its source differs from the tested versions: its first call is checked against its own forward",)
 
 
 def _delegations(state: LayerState | AttentionState, what: str) -> tuple[str, ...]:

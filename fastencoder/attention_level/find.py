@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import registry
+from .. import fingerprints
 from ..layers import FastLayer
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
@@ -41,7 +41,8 @@ class AttentionSite:
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """The encoder self-attention of a model that is in no layer of a known class and calls transformers' interface."""
     modules = dict(model.named_modules())
-    known = tuple(name + "." for name, module in modules.items() if name and _is_known_layer(module))
+    layers = fingerprints.find_all(model)
+    known = tuple(f"{name}." for name, each in modules.items() if name and (name in layers or isinstance(each, FastLayer)))
     found = []
     for name, module in modules.items():
         if name.startswith(known) or not _is_encoder_self_attention(name, module):
@@ -55,10 +56,6 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of an attention module, converted or not."""
     return module.original_class if isinstance(module, VarlenAttention) else type(module)
-
-
-def _is_known_layer(module: nn.Module) -> bool:
-    return isinstance(module, FastLayer) or registry.by_class(type(module)) is not None
 
 
 def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:

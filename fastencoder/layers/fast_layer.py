@@ -16,7 +16,7 @@ from ..eligibility import has_foreign_hooks
 from ..packing import NotAPaddingMask, PackedBatch
 from ..parts import lookup
 from ..spec import Adapter
-from . import traced
+from . import traced, trial
 from .arguments import first_parameter, read_arguments
 from .attention import KINDS
 from .binding import Binding
@@ -37,12 +37,17 @@ class LayerState:
     Attributes:
         fast_calls, delegated_calls: how many calls ran fused, and how many ran the original forward.
         last_reason: why the latest delegated call was.
+        to_prove: the kinds of calls in which the layer has yet to agree with its own forward (`trial`); none if its source is
+            that of a tested version.
     """
 
-    def __init__(self, adapter: Adapter, stack: Stack | None, padding_is_read: bool = False) -> None:
+    def __init__(
+        self, adapter: Adapter, stack: Stack | None, padding_is_read: bool = False, unproven: bool = False
+    ) -> None:
         self.adapter = adapter
         self.stack = stack
         self.padding_is_read = padding_is_read
+        self.to_prove: tuple[str, ...] = trial.KINDS if unproven else ()
         self.joined = False  # some parameters of the layer share one storage
         self._forget()
 
@@ -57,7 +62,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer finds its own parts and weights.
-        kept = ("adapter", "stack", "padding_is_read", "joined")
+        kept = ("adapter", "stack", "padding_is_read", "joined", "to_prove")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,6 +136,8 @@ class FastLayer(nn.Module):
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))
         refuse_mode(self, hidden)
         binding, projections = state.ready(self)
+        if state.to_prove:
+            self._prove(call, hidden, mask, others)
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
@@ -154,6 +161,14 @@ class FastLayer(nn.Module):
         if mask is None and others.get("cu_seq_lens_q") is not None:
             return self._run_already_packed(run, adapter, call, hidden, others)
         return self._run_padded(run, binding, call, hidden, mask)
+
+    def _prove(self, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]) -> None:
+        carried = call is not None and call.carried is hidden
+        shape = (call.batch.batch, call.batch.seqlen, hidden.shape[2]) if carried else tuple(hidden.shape)
+        if carried and self._fastencoder.adapter.time_major:
+            shape = (shape[1], shape[0], shape[2])
+        first = first_parameter(type(self).original_class)
+        trial.prove(self, shape, {first: hidden, self._fastencoder.adapter.mask: mask, **others})
 
     def _run_padded(self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
         adapter = binding.spec.adapter

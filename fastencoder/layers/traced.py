@@ -29,6 +29,7 @@ from ..kernels._dispatch import register
 from ..packing import NotAPaddingMask, PackedBatch
 from ..parts import lookup
 from ..spec import Adapter, LayerSpec
+from . import trial
 from .arguments import parameter_names
 from .guards import RECORDED_OUTSIDE, WITHOUT_EFFECT
 from .program import clamp
@@ -90,7 +91,9 @@ def forward(layer: nn.Module, call: StackCall | None, args: tuple, kwargs: dict[
     if carried and not (call.carried is hidden and isinstance(call.batch, TracedBatch)):
         # torch.compile runs this part of the model without it then. Packed tokens are known by their identity.
         raise RuntimeError("the packed tokens that a layer handed on were changed, or come from outside of the graph")
-    spec = None if _is_refused(layer, hidden, others) else _spec(layer, _implementation(layer, adapter))
+    to_prove = layer._fastencoder.to_prove
+    unproven = bool(to_prove) and (trial.UNMASKED if mask is None else trial.MASKED) in to_prove
+    spec = None if unproven or _is_refused(layer, hidden, others) else _spec(layer, _implementation(layer, adapter))
     if spec is None or not _fits(layer, spec, hidden) or not (carried or _is_readable(layer, spec, hidden, mask)):
         return layer._forward_original(call, args, kwargs)
     if carried:

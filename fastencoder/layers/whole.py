@@ -13,6 +13,7 @@ import torch
 from ..kernels.varlen_attention import query_block
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
+from . import trial
 from .guards import Delegated, refuse_mode
 from .program import run_layer
 from .stack import StackCall
@@ -30,6 +31,9 @@ def run_whole(
     Returns:
         None if the layers have to run one by one.
     """
+    kind = trial.UNMASKED if call.mask is None else trial.MASKED
+    if any(kind in layer._fastencoder.to_prove for layer in call.schedule):
+        return None
     parts = _parts(call)
     if batch.lengths is None or not _fits_a_graph(parts, hidden):
         return None
