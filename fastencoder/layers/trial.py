@@ -24,6 +24,7 @@ from .arguments import first_parameter
 from .guards import WITHOUT_EFFECT, Delegated
 
 TOLERANCE = 1e-4  # relative error of a token; fp32 rounding is a hundredth of it
+ATTEMPTS = 3  # to run a layer's own forward beside its fused form
 TOKENS = 1024  # of the call's rows as many as make about that many tokens, and at least two
 MASKED, UNMASKED = "masked", "unmasked"
 KINDS = (MASKED, UNMASKED)
@@ -37,11 +38,17 @@ class Trial:
     Attributes:
         failed: why these layers cannot be fast, or None.
         passed: settings of layers, with the kind of call, that agreed with their own forward.
+        attempts: how many calls have said nothing, because the copy's own forward failed.
     """
 
     def __init__(self) -> None:
         self.failed: str | None = None
         self.passed: set[Hashable] = set()
+        self.attempts = 0
+
+
+class _SaysNothing(Exception):
+    """A layer's own forward failed on the copy: the arguments may be wrong, or it may not run on a CPU."""
 
 
 _trials: dict[tuple[type, str], Trial] = {}
@@ -76,7 +83,13 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
         shows_padding = tokens is None or not bool(tokens.all())
         key = (_settings(layer), kind, shows_padding)
         if key not in trial.passed:
-            trial.failed = _disagreement(layer, shape, given, tokens)
+            try:
+                trial.failed = _disagreement(layer, shape, given, tokens)
+            except _SaysNothing as reason:
+                trial.attempts += 1
+                if trial.attempts < ATTEMPTS:
+                    raise Delegated(str(reason)) from None
+                trial.failed = str(reason)
             if trial.failed is None:
                 trial.passed.add(key)
             else:
@@ -111,34 +124,37 @@ def _tokens(mask: Any, shape: tuple[int, ...], adapter: Any) -> torch.Tensor | N
 
 
 def _disagreement(layer: nn.Module, shape: tuple[int, ...], given: dict, tokens: torch.Tensor | None) -> str | None:
-    """Why a layer is not what it was, or None. First on some rows of the batch, then, if these say no, on all."""
+    """Why a layer is not what it was, or None. First on some rows of the batch, then, if these say no, on all.
+
+    Raises:
+        _SaysNothing: its own forward failed.
+    """
     batch_dim = 1 if layer._fastencoder.adapter.time_major else 0
     batch, seqlen = shape[batch_dim], shape[1 - batch_dim]
     some = _some_rows(batch, max(2, TOKENS // max(seqlen, 1)), tokens)
+    untested = f"the source of {type(layer).original_class.__name__} is not that of a tested version, and"
     for rows in [some, None] if len(some) < batch else [None]:
-        difference, error = float("inf"), ""
         try:
             difference = _difference(layer, shape, batch_dim, rows, given, tokens)
-        except Delegated:
-            raise
-        except Exception as exception:  # of the layer's own forward, of arguments that it does not take, ...
-            error = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        except _SaysNothing as reason:
+            if rows is None:
+                raise _SaysNothing(f"{untested} its own forward could not be run beside its fused form ({reason})") from None
+            continue
         if difference <= TOLERANCE:
             return None
-    says = f"it could not be compared with its own forward ({error})" if error else (
-        f"its fused form differs from its own forward by {difference:.1g} of a token's norm"
-    )  # fmt: skip
-    name = type(layer).original_class.__name__
-    return f"the source of {name} is not that of a tested version, and {says}: its layers run their original code"
+    return (
+        f"{untested} its fused form differs from its own forward by {difference:.1g} of a token's norm: "
+        "its layers run their original code"
+    )
 
 
 def _some_rows(batch: int, count: int, tokens: torch.Tensor | None) -> torch.Tensor:
     """Rows of all lengths, the shortest and the longest among them."""
-    order = torch.arange(batch)
+    order = torch.arange(batch, device="cpu")
     if tokens is not None:
         lengths = tokens.sum(1)
         order = order[lengths > 0][lengths[lengths > 0].argsort()]
-    spread = torch.linspace(0, max(len(order) - 1, 0), min(count, len(order))).round().long()
+    spread = torch.linspace(0, max(len(order) - 1, 0), min(count, len(order)), device="cpu").round().long()
     return order[spread]
 
 
@@ -155,8 +171,8 @@ def _difference(
     original_class, adapter = type(layer).original_class, layer._fastencoder.adapter
     size = list(shape)
     size[batch_dim] = shape[batch_dim] if rows is None else len(rows)
-    with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the user's default device is
+        generator = torch.Generator(device="cpu").manual_seed(0)
         twin = _twin(layer, generator, {})
         twin._fastencoder = copy.copy(layer._fastencoder)
         twin._fastencoder.stack, twin._fastencoder.to_prove = None, ()
@@ -164,8 +180,14 @@ def _difference(
         arguments[first_parameter(original_class)] = _normal(size, generator)
         if _leave_foreign_kernels(twin):
             arguments[adapter.mask] = _for_sdpa(arguments.get(adapter.mask))
-        fused = twin._forward_fast(twin._fastencoder, None, (), dict(arguments))
-        own = original_class.forward(twin, **arguments)
+        try:
+            own = original_class.forward(twin, **arguments)
+        except Exception as error:
+            raise _SaysNothing(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        try:
+            fused = twin._forward_fast(twin._fastencoder, None, (), arguments)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            return float("inf")
     fused, own = (value if isinstance(value, tuple) else (value,) for value in (fused, own))
     if len(fused) != len(own):
         return float("inf")
