@@ -33,8 +33,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Where a module keeps what it knows beside its parameters.
 _STATE = {LayerState: "_fastencoder", EmbeddingState: "_fastencoder_embeddings"}
-# What mixes neighbouring positions, padding among them, along a sequence.
-_MIX_POSITIONS = (nn.Conv1d, nn.RNNBase)
+# What may mix neighbouring positions, padding among them.
+_MIX_POSITIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
 
 
 class NotEligibleError(ValueError):

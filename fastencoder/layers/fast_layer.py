@@ -137,7 +137,7 @@ class FastLayer(nn.Module):
         refuse_mode(self, hidden)
         binding, projections = state.ready(self)
         if state.to_prove:
-            self._prove(call, hidden, mask, others)
+            self._prove(call, hidden, args, kwargs)
         if hidden.dtype != projections.dtype or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
@@ -162,13 +162,12 @@ class FastLayer(nn.Module):
             return self._run_already_packed(run, adapter, call, hidden, others)
         return self._run_padded(run, binding, call, hidden, mask)
 
-    def _prove(self, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]) -> None:
+    def _prove(self, call: StackCall | None, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         carried = call is not None and call.carried is hidden
         shape = (call.batch.batch, call.batch.seqlen, hidden.shape[2]) if carried else tuple(hidden.shape)
         if carried and self._fastencoder.adapter.time_major:
             shape = (shape[1], shape[0], shape[2])
-        first = first_parameter(type(self).original_class)
-        trial.prove(self, shape, {first: hidden, self._fastencoder.adapter.mask: mask, **others})
+        trial.prove(self, shape, read_arguments(type(self).original_class, args, kwargs))
 
     def _run_padded(self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
         adapter = binding.spec.adapter

@@ -78,7 +78,7 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
         return
     trial = trial_of(layer, type(layer).original_class)
     if trial.failed is None:
-        shape, given = _padded_form(shape, given)
+        shape, given = _padded_form(first_parameter(type(layer).original_class), shape, given)
         tokens = _tokens(mask, shape, state.adapter)
         shows_padding = tokens is None or not bool(tokens.all())
         key = (_settings(layer), kind, shows_padding)
@@ -100,13 +100,13 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
         raise Delegated(trial.failed)
 
 
-def _padded_form(shape: tuple[int, ...], given: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _padded_form(first: str, shape: tuple[int, ...], given: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Tokens that came packed stand for one sequence: the original forward knows no other form."""
-    hidden = next(iter(given.values()))
+    hidden = given[first]
     if not hidden.is_nested and given.get("cu_seq_lens_q") is None:
         return shape, given
     rest = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
-    if any(isinstance(value, (torch.Tensor, tuple)) for value in list(rest.values())[1:]):
+    if any(isinstance(value, (torch.Tensor, tuple)) for name, value in rest.items() if name != first):
         raise Delegated("its source differs from the tested versions, and packed tokens do not show whether it is the same")
     count = hidden.values().shape[0] if hidden.is_nested else hidden.shape[1]
     return (1, min(count, TOKENS), shape[-1]), rest
@@ -178,8 +178,8 @@ def _difference(
         twin._fastencoder.stack, twin._fastencoder.to_prove = None, ()
         arguments = {name: _on_cpu(value, shape[batch_dim], rows) for name, value in given.items()}
         arguments[first_parameter(original_class)] = _normal(size, generator)
-        if _leave_foreign_kernels(twin):
-            arguments[adapter.mask] = _for_sdpa(arguments.get(adapter.mask))
+        if _leave_foreign_kernels(twin) and adapter.mask in arguments:
+            arguments[adapter.mask] = _for_sdpa(arguments[adapter.mask])
         try:
             own = original_class.forward(twin, **arguments)
         except Exception as error:

@@ -48,6 +48,7 @@ class Case:
     expect: str = FAST
     why: str = ""  # the reason, where expect is not FAST or a pattern is left out
     tag: str = ""  # tells two rows of one layer class apart
+    by_source: bool = False  # not registered either, but known by its source
     eager_only: bool = False  # the model has no sdpa path
     padding_delegates: bool = False  # later parts of the model read padded positions: only unpadded calls run fast
     more_after: bool = False  # the model computes on after the stack: its output is not zero at padding

@@ -205,8 +205,7 @@ CASES: list[Case] = [
         "Sam3LiteTextTextModel",
         stack="layers",
         config={"use_repmixer_blocks": False, "projection_dim": 24},
-        expect=UNREGISTERED,
-        why=LATER,
+        by_source=True,
     ),
     text_tower(
         "tipsv2",
