@@ -78,7 +78,8 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
         return
     trial = trial_of(layer, type(layer).original_class)
     if trial.failed is None:
-        shape, given = _padded_form(first_parameter(type(layer).original_class), shape, given)
+        if not state.adapter.offsets:
+            shape, given = _padded_form(first_parameter(type(layer).original_class), shape, given)
         tokens = _tokens(mask, shape, state.adapter)
         shows_padding = tokens is None or not bool(tokens.all())
         key = (_settings(layer), kind, shows_padding)
@@ -129,11 +130,12 @@ def _disagreement(layer: nn.Module, shape: tuple[int, ...], given: dict, tokens:
     Raises:
         _SaysNothing: its own forward failed.
     """
-    batch_dim = 1 if layer._fastencoder.adapter.time_major else 0
+    adapter = layer._fastencoder.adapter
+    batch_dim = 1 if adapter.time_major else 0
     batch, seqlen = shape[batch_dim], shape[1 - batch_dim]
-    some = _some_rows(batch, max(2, TOKENS // max(seqlen, 1)), tokens)
+    some = None if adapter.offsets else _some_rows(batch, max(2, TOKENS // max(seqlen, 1)), tokens)
     untested = f"the source of {type(layer).original_class.__name__} is not that of a tested version, and"
-    for rows in [some, None] if len(some) < batch else [None]:
+    for rows in [some, None] if some is not None and len(some) < batch else [None]:
         try:
             difference = _difference(layer, shape, batch_dim, rows, given, tokens)
         except _SaysNothing as reason:
