@@ -178,7 +178,7 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
     """A row for each encoder layer, with the layer itself."""
     check_is_module(model)
     sites: dict[str, list[AttentionSite]] = {}
-    around = set()  # containers of such layers are no layers
+    around: set[str] = set()  # containers of such layers are no layers
     for site in find_sites(model):
         path = _layer_around(site, model)
         sites.setdefault(path, []).append(site)
