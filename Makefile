@@ -2,6 +2,7 @@
 # make test    every test: ruff, the public API's types, the kernels' machine code for one kind of GPU, pytest
 # make lint    ruff and types only
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
+# make fingerprints  which layer classes changed in the installed transformers, against the tested versions
 # make gpu     the examination on a CUDA machine, under ten minutes, goes on where it was stopped; uses that machine's own
 #              Python, installs nothing. PART=kernels|parity|speed|launches|rates|dispatch|compile, GPU_ARGS='--minutes 4'
 # make clean   remove .venv and everything that was generated
@@ -43,7 +44,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: help demo test lint style types pytest kernels kernels-hopper format gpu clean
+.PHONY: help demo test lint style types pytest kernels kernels-hopper fingerprints format gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -105,6 +106,9 @@ kernels-hopper: kernels
 kernels: $(VENV)/.test $(VENV)/triton-$(OTHER_TRITON)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m fastencoder.runtime.inspect_kernels \
 	    --also $(VENV)/triton-$(OTHER_TRITON) $(KERNELS_ARGS)
+
+fingerprints: $(VENV)/.test
+	$(RUN) $(BIN)/python -m fastencoder.fingerprints check
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

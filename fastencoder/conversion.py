@@ -35,8 +35,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATE = {LayerState: "_fastencoder", EmbeddingState: "_fastencoder_embeddings"}
 # What may mix neighbouring positions, padding among them.
 _MIX_POSITIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
-
-
 # What holds the layers that a module calls one after the other.
 _LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -112,9 +110,9 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
     class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
+    known_layers = fingerprints.find_all(model)
     for name, layer in chosen:
-        known = fingerprints.find(type(layer))
-        assert known is not None  # or it would not have been chosen
+        known = known_layers[name]
         adapter = known.adapter.of(layer)
         place = _find_stack(modules, name, adapter)
         if place is not None and place not in stacks:

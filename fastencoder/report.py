@@ -149,9 +149,7 @@ class Report:
 
 def _alike(a: LayerRow, b: LayerRow) -> bool:
     parent_a, parent_b = a.name.rpartition(".")[0], b.name.rpartition(".")[0]
-    said_a, said_b = (
-        (row.layer_class, row.level, row.status, row.reasons, row.notes) for row in (a, b)
-    )
+    said_a, said_b = ((row.layer_class, row.level, row.status, row.reasons, row.notes) for row in (a, b))
     return parent_a == parent_b and said_a == said_b
 
 
@@ -186,13 +184,13 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
         sites.setdefault(path, []).append(site)
         around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
-    known = fingerprints.known_layers(model)
+    known = fingerprints.find_all(model)
     for name, module in model.named_modules():
         if name in sites:
             rows.append((_row_of_attention(name, module, sites[name]), module))
-        elif (row := _row(name, module, known.get(name), allow_meta)) is not None:
-            if row.level is None and name in around:
-                continue
+            continue
+        row = _row(name, module, known.get(name), allow_meta)
+        if row is not None and not (row.level is None and name in around):
             rows.append((row, module))
     return rows
 
@@ -236,12 +234,12 @@ def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_m
     if isinstance(module, FastLayer):
         reasons = _delegations(module._fastencoder, "layer")
         return LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, memory, notes)
-    status, reasons = _status(finding), finding.reasons
     failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
-    if status == "eligible" and failed is not None:
-        status, reasons, memory = "refused", (failed,), 0
-    level, notes = ("layer", notes) if status == "eligible" else (None, ())
-    return LayerRow(name, class_name, adapter.family, level, status, reasons, memory, notes)
+    if finding.spec and failed is not None:
+        return LayerRow(name, class_name, adapter.family, None, "refused", (failed,), 0)
+    if not finding.spec:
+        return LayerRow(name, class_name, adapter.family, None, _status(finding), finding.reasons, 0)
+    return LayerRow(name, class_name, adapter.family, "layer", "eligible", (), memory, notes)
 
 
 def _notes(module: nn.Module, known: fingerprints.Known | None) -> tuple[str, ...]:

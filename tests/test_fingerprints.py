@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import importlib.metadata
 import subprocess
@@ -19,6 +20,9 @@ from fastencoder.fingerprints.normalised import closure
 from fastencoder.fingerprints.record import Record, load, recorded
 
 from . import copied, tiny
+from .conformance import batches
+from .conformance.case import build
+from .conformance.cases import CASES
 
 MODELS = "transformers.models"
 
@@ -241,6 +245,22 @@ def test_padding_delegates_where_a_convolution_may_follow(tmp_path) -> None:
             assert tiny.calls(fast) == (0, 3)
             fast(batch["input_ids"])
         assert tiny.calls(fast) == (3, 3)
+
+
+def test_a_class_of_transformers_that_nobody_registered(monkeypatch) -> None:
+    """SAM 3's light text encoder has SigLIP's layers between two convolutions over positions, which padding must not change."""
+    case = next(case for case in CASES if case.id == "sam3_lite_text.Sam3LiteTextTextEncoderLayer.text")
+    monkeypatch.delitem(registry._entries, case.layer_class_name, raising=False)
+    config = {**case.config, "use_repmixer_blocks": True, "num_hidden_layers": 4}
+    stock = build(dataclasses.replace(case, config=config))
+    fast = to_fast(copy.deepcopy(stock))
+    assert [row.notes for row in explain(fast)] == [("same source as SiglipEncoderLayer",)] * 2
+    for pattern, expected in ((batches.NONE, (2, 0)), (batches.RIGHT, (2, 2))):
+        batch = batches.build(case, stock, pattern)
+        with torch.inference_mode():
+            ours, theirs = fast(**batch.inputs).last_hidden_state, stock(**batch.inputs).last_hidden_state
+        assert tiny.relative_error(ours, theirs, batch.real) < 1e-5
+        assert tiny.calls(fast) == expected
 
 
 @pytest.mark.parametrize("what", ["forward", "inner forward", "another method", "function", "a new method"])

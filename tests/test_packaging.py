@@ -142,6 +142,13 @@ def test_typed_marker_and_licence_ship_with_the_package() -> None:
     assert project()["project"]["license"] == "Apache-2.0"
 
 
+def test_every_file_of_the_package_ships() -> None:
+    patterns = project()["tool"]["setuptools"]["package-data"]["fastencoder"]
+    package = ROOT / "fastencoder"
+    files = {path for path in repository_files() if path.is_relative_to(package) and path.suffix != ".py"}
+    assert files == {path for pattern in patterns for path in package.glob(pattern)} != set()
+
+
 def test_every_folder_of_the_package_is_a_package() -> None:
     for path in (ROOT / "fastencoder").rglob("*.py"):
         assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py and would not be installed"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import fingerprints
+from ..layers import FastLayer
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
 from .padding import ancestors, what_reads_padding
@@ -40,7 +41,8 @@ class AttentionSite:
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """The encoder self-attention of a model that is in no layer of a known class and calls transformers' interface."""
     modules = dict(model.named_modules())
-    known = tuple(name + "." for name in fingerprints.known_layers(model))
+    layers = fingerprints.find_all(model)
+    known = tuple(f"{name}." for name, each in modules.items() if name and (name in layers or isinstance(each, FastLayer)))
     found = []
     for name, module in modules.items():
         if name.startswith(known) or not _is_encoder_self_attention(name, module):

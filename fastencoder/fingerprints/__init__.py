@@ -5,6 +5,6 @@ the normalised source of one that is, is supported with its adapter. A registere
 tested is not trusted: `layers.trial` compares it with its own forward before it runs fast.
 """
 
-from .known import Known, find, fingerprint, has_known_loop, known_layers
+from .known import Known, find, find_all, fingerprint, has_known_loop
 
-__all__ = ["Known", "find", "fingerprint", "has_known_loop", "known_layers"]
+__all__ = ["Known", "find", "find_all", "fingerprint", "has_known_loop"]

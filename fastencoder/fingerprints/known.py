@@ -49,18 +49,20 @@ def find(cls: type, by_source: bool = True) -> Known | None:
     return Known(entry.adapter, unproven=True)
 
 
-def known_layers(model: nn.Module) -> dict[str, Known]:
-    """The understood layers of a model by name, converted or not. A source is read only where layers sit: in lists,
-    with weights."""
+def find_all(model: nn.Module) -> dict[str, Known]:
+    """What is known about the layers of a model, by their paths.
+
+    Sources are read where layers sit: in an `nn.ModuleList`, with weights of their own.
+    """
     in_lists = {id(each) for parent in model.modules() if isinstance(parent, nn.ModuleList) for each in parent}
-    by_class: dict[tuple[type, bool], Known | None] = {}
+    asked: dict[tuple[type, bool], Known | None] = {}
     found = {}
     for name, module in model.named_modules():
-        cls = getattr(type(module), "original_class", type(module))
-        placed = id(module) in in_lists and any(parameter.dim() == 2 for parameter in module.parameters())
-        if (cls, placed) not in by_class:
-            by_class[cls, placed] = find(cls, by_source=placed)
-        known = by_class[cls, placed]
+        cls = getattr(module, "original_class", type(module))  # of a module that is fast already
+        by_source = id(module) in in_lists and any(parameter.dim() == 2 for parameter in module.parameters())
+        if (cls, by_source) not in asked:
+            asked[cls, by_source] = find(cls, by_source)
+        known = asked[cls, by_source]
         if known is not None:
             found[name] = known
     return found

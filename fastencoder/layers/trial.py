@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..packing import NotAPaddingMask, key_padding_mask
+from ..packing import NotAPaddingMask
+from . import attention
 from .arguments import first_parameter
+from .deferred import Deferred, DistanceBias, restored
 from .guards import WITHOUT_EFFECT, Delegated
 
 TOLERANCE = 1e-4  # relative error of a token; fp32 rounding is a hundredth of it
@@ -78,7 +80,8 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
         return
     trial = trial_of(layer, type(layer).original_class)
     if trial.failed is None:
-        shape, given = _padded_form(first_parameter(type(layer).original_class), shape, given)
+        if not state.adapter.offsets:
+            shape, given = _padded_form(first_parameter(type(layer).original_class), shape, given)
         tokens = _tokens(mask, shape, state.adapter)
         shows_padding = tokens is None or not bool(tokens.all())
         key = (_settings(layer), kind, shows_padding)
@@ -106,7 +109,7 @@ def _padded_form(first: str, shape: tuple[int, ...], given: dict[str, Any]) -> t
     if not hidden.is_nested and given.get("cu_seq_lens_q") is None:
         return shape, given
     rest = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
-    if any(isinstance(value, (torch.Tensor, tuple)) for name, value in rest.items() if name != first):
+    if any(isinstance(value, (torch.Tensor, tuple, Deferred)) for name, value in rest.items() if name != first):
         raise Delegated("its source differs from the tested versions, and packed tokens do not show whether it is the same")
     count = hidden.values().shape[0] if hidden.is_nested else hidden.shape[1]
     return (1, min(count, TOKENS), shape[-1]), rest
@@ -117,10 +120,17 @@ def _tokens(mask: Any, shape: tuple[int, ...], adapter: Any) -> torch.Tensor | N
     if mask is None:
         return None
     batch, seqlen = (shape[1], shape[0]) if adapter.time_major else shape[:2]
+    if type(mask) is not torch.Tensor:
+        raise Delegated(f"the mask is a {type(mask).__name__}")
+    nothing = torch.empty(batch, seqlen, 0, device="cpu")
     try:
-        return key_padding_mask(mask, batch, seqlen, adapter.mask_marks).cpu()
+        packed = attention.KINDS[adapter.attention].geometry(nothing, mask.detach().cpu(), adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
+    tokens = torch.full((batch * seqlen,), packed.indices is None, device="cpu")
+    if packed.indices is not None:
+        tokens[packed.indices.long()] = True
+    return tokens.view(batch, seqlen)
 
 
 def _disagreement(layer: nn.Module, shape: tuple[int, ...], given: dict, tokens: torch.Tensor | None) -> str | None:
@@ -129,11 +139,12 @@ def _disagreement(layer: nn.Module, shape: tuple[int, ...], given: dict, tokens:
     Raises:
         _SaysNothing: its own forward failed.
     """
-    batch_dim = 1 if layer._fastencoder.adapter.time_major else 0
+    adapter = layer._fastencoder.adapter
+    batch_dim = 1 if adapter.time_major else 0
     batch, seqlen = shape[batch_dim], shape[1 - batch_dim]
-    some = _some_rows(batch, max(2, TOKENS // max(seqlen, 1)), tokens)
+    some = None if adapter.offsets else _some_rows(batch, max(2, TOKENS // max(seqlen, 1)), tokens)
     untested = f"the source of {type(layer).original_class.__name__} is not that of a tested version, and"
-    for rows in [some, None] if len(some) < batch else [None]:
+    for rows in [some, None] if some is not None and len(some) < batch else [None]:
         try:
             difference = _difference(layer, shape, batch_dim, rows, given, tokens)
         except _SaysNothing as reason:
@@ -181,7 +192,7 @@ def _difference(
         if _leave_foreign_kernels(twin) and adapter.mask in arguments:
             arguments[adapter.mask] = _for_sdpa(arguments[adapter.mask])
         try:
-            own = original_class.forward(twin, **arguments)
+            own = original_class.forward(twin, **{name: restored(value) for name, value in arguments.items()})
         except Exception as error:
             raise _SaysNothing(f"{type(error).__name__}: {error}".splitlines()[0]) from None
         try:
@@ -191,8 +202,7 @@ def _difference(
     fused, own = (value if isinstance(value, tuple) else (value,) for value in (fused, own))
     if len(fused) != len(own):
         return float("inf")
-    pairs = [(a, b) for a, b in zip(fused, own, strict=True) if isinstance(a, torch.Tensor)]
-    return max(_relative(a, b, tokens, rows, adapter.time_major) for a, b in pairs)
+    return _relative(fused[0], own[0], tokens, rows, adapter.time_major)
 
 
 def _relative(
@@ -254,6 +264,9 @@ def _on_cpu(value: Any, batch: int, rows: torch.Tensor | None) -> Any:
         value = value.detach()
         value = value.to("cpu", torch.float32) if value.is_floating_point() else value.to("cpu")
         return value[rows] if rows is not None and value.dim() > 1 and value.shape[0] == batch else value.clone()
+    if isinstance(value, DistanceBias):  # the fused form reads its table, the original forward what it stands for
+        made = _on_cpu(value.restore(), batch, rows)
+        return DistanceBias(lambda: made, _on_cpu(value.table, 0, None))
     if type(value) in (tuple, list):
         return type(value)(_on_cpu(each, batch, rows) for each in value)
     if type(value) is dict:
