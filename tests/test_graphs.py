@@ -166,7 +166,7 @@ def test_a_later_layer_that_delegates_gets_its_own_input(monkeypatch):
 
     calls = []
 
-    def refuse(others):
+    def refuse(others, understood):
         calls.append(others)
         if len(calls) == 2:
             raise guards.Delegated("asked for in a test")
