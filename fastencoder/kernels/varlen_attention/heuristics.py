@@ -80,7 +80,8 @@ def choose_block(
     if features.has_token_terms:  # which have two addresses
         block = block._replace(keys=min(block.keys, 32))
     if max_seqlen <= _SHORT and block.queries == 128:
-        return block._replace(queries=64, num_warps=4)
+        crowded = features.has_token_terms and row_bytes > 128 and limits.capability[0] == 8
+        return block._replace(queries=64, num_warps=4, num_stages=1 if crowded else block.num_stages)
     return block
 
 

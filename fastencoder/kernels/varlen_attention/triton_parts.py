@@ -141,10 +141,12 @@ def adjust_scores(scores, start, first_key, length, scale, softcap, relative, bi
     rel_h, rel_w, grid_width = decomposed
     if rel_h[0] is not None:
         mask = (rows < length)[:, None] & (keys < length)[None, :]
-        ptrs = rel_h[0] + tl.cast(start, tl.int64) * rel_h[1] + (queries * rel_h[1])[:, None]
-        scores += tl.load(ptrs + (keys // grid_width)[None, :], mask=mask, other=0.0).to(tl.float32)
-        ptrs = rel_w[0] + tl.cast(start, tl.int64) * rel_w[1] + (queries * rel_w[1])[:, None]
-        scores += tl.load(ptrs + (keys % grid_width)[None, :], mask=mask, other=0.0).to(tl.float32)
+        ptrs = rel_h[0] + tl.cast(start, tl.int64) * rel_h[1]
+        offsets = queries[:, None] * rel_h[1] + (keys // grid_width)[None, :]
+        scores += tl.load(ptrs + offsets, mask=mask, other=0.0).to(tl.float32)
+        ptrs = rel_w[0] + tl.cast(start, tl.int64) * rel_w[1]
+        offsets = queries[:, None] * rel_w[1] + (keys % grid_width)[None, :]
+        scores += tl.load(ptrs + offsets, mask=mask, other=0.0).to(tl.float32)
     return scores
 
 
