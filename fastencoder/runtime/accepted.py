@@ -53,7 +53,8 @@ _SPILLS = (
     ("varlen_attention-fp32-d128-s512", "1[02].0", "3.6.*", "[12] stores, 1 loads", _A_FEW),
     ("varlen_attention-fp32-d256-s512", "10.0", "3.6.*", "2 stores, 2 loads", _A_FEW),
     ("varlen_attention-bf16-d80-s256-decomposed", "12.0", "3.9.*", "3 stores, 4 loads", _A_FEW),
-    ("varlen_attention-bf16-d80-s4096-decomposed", "10.0", "3.6.*", "1 stores, 1 loads", _A_FEW),
+    ("varlen_attention-bf16-d80-s4096-decomposed", "10.0", "3.6.*", "5 stores, 5 loads", _A_FEW),
+    ("varlen_attention-bf16-d64-s256-decomposed", "12.0", "3.6.*", "2 stores, 2 loads", _A_FEW),
     ("varlen_attention-tf32-d64-s512-softcap-window-rope", "10.0", "3.6.*", "1 stores, 1 loads", _A_FEW),
 )
 
