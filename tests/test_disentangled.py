@@ -68,13 +68,12 @@ def test_positions_follow_their_weights(name: str) -> None:
 
 def test_positions_are_projected_once() -> None:
     _, fast = _models(V2)
+    kept = []
     for seed, pattern in enumerate((batches.RIGHT, batches.NONE, batches.HOLES)):
         measure.run(fast, batches.build(BY_ID[V2], fast, pattern, seed=seed))
-        kept = [layer._fastencoder.binding.memo["positions"] for layer in fast.encoder.layer]
-        if seed:
-            assert all(new is old for new, old in zip(kept, before, strict=True))
-        before = kept
-    assert len({id(embeddings) for embeddings, _ in kept}) == 1  # one copy for all layers
+        kept.append([layer._fastencoder.binding.memo["positions"] for layer in fast.encoder.layer])
+    assert all(first is second is third for first, second, third in zip(*kept, strict=True))
+    assert len({id(embeddings) for embeddings, _ in kept[0]}) == 1  # one copy for all layers
 
 
 def test_a_layer_by_itself() -> None:
