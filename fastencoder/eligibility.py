@@ -101,7 +101,7 @@ def _checks(
     yield from reasons
     yield from _check_norms(layer, names)
     yield from _check_nothing_added(layer, adapter, names)
-    yield from _check_tensors(layer, opaque_paths, allow_meta)
+    yield from _check_tensors(layer, opaque_paths, allow_meta, names.down if adapter.may_stay_wide else "")
     yield from _check_heads(layer, adapter, names)
     yield from _check_attention_function(layer, names)
     if names.activation and activation_name(lookup(layer, names.activation)) is None:
@@ -197,9 +197,10 @@ def _check_nothing_added(layer: nn.Module, adapter: Adapter, names: NameMap) -> 
             yield f"{name} is not part of this family: the layer computes something more"
 
 
-def _check_tensors(layer: nn.Module, opaque: tuple[str, ...], allow_meta: bool) -> Iterator[str]:
+def _check_tensors(layer: nn.Module, opaque: tuple[str, ...], allow_meta: bool, may_stay_wide: str) -> Iterator[str]:
     tensors = {name: tensor for name, tensor in layer.named_parameters() if not _inside(name, opaque)}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32 and _inside(name, (may_stay_wide,))}
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in wide} or {torch.float32}
     devices = {tensor.device for tensor in layer.parameters()}
     if len(dtypes) > 1:
         yield f"its weights have mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
@@ -321,7 +322,13 @@ def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:
         intermediate_size=(_width(linears["down"], "in") or 0) if names.down else 0,
         linear_bytes=sum(linear.weight.nbytes for slot, linear in linears.items() if slot not in opaque),
         opaque=opaque,
+        wide=adapter.may_stay_wide and _is_wide(linears["down"], lookup(layer, names.norm2).weight.dtype),
     )
+
+
+def _is_wide(part: Any, dtype: torch.dtype) -> bool:
+    weight = getattr(part, "weight", None)
+    return weight is not None and weight.dtype == torch.float32 and dtype != torch.float32
 
 
 def _describe(thing: object) -> str:

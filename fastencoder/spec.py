@@ -119,6 +119,8 @@ class Adapter:
             a layer is left alone.
         bidirectional: True if the attention is never causal, whatever attributes it has or lacks: it does not go through
             transformers' attention functions, which take a module without `is_causal` for a causal one.
+        may_stay_wide: True if `down` may be kept in float32 in a model of lower precision, as transformers loads T5: from there
+            on the residual stream is float32.
         refuses: given a layer, why it is another program than this one, or None. For what `requires` cannot say.
         choose: given a layer, the adapter that describes it, for a class that computes one of several programs.
         sources: modules of Python, beside the layer's own file, whose classes its parts may be.
@@ -158,6 +160,7 @@ class Adapter:
     extra_parameters: tuple[str, ...] = ()
     label: str = ""
     requires: Mapping[str, object] = field(default_factory=dict)
+    may_stay_wide: bool = False
     refuses: Callable[[Any], str | None] | None = None
     choose: Callable[[Any], Adapter] | None = None
     sources: tuple[str, ...] = ()
@@ -192,6 +195,7 @@ class LayerSpec:
         linear_bytes: bytes of the weights of all plain linear slots, at the layer's dtype.
         opaque: the linear slots that hold something else than a plain linear (an adapter, a quantised one): they are called as
             they are.
+        wide: whether `down` is kept in float32 (`Adapter.may_stay_wide`).
     """
 
     adapter: Adapter
@@ -205,6 +209,7 @@ class LayerSpec:
     intermediate_size: int
     linear_bytes: int
     opaque: frozenset[str] = frozenset()
+    wide: bool = False
 
     @property
     def is_basic(self) -> bool:
@@ -214,6 +219,7 @@ class LayerSpec:
             self.adapter.attention == "plain"
             and not self.adapter.offsets
             and not self.opaque
+            and not self.wide
             and set(self.names.given(LINEAR_SLOTS)) == basic
             and set(self.names.given(NORM_SLOTS)) == {"norm1", "norm2"}
         )

@@ -35,6 +35,7 @@ T5 = Adapter(
     gives_back=("position_bias",),
     attention="t5",
     clamp="each-block",
+    may_stay_wide=True,
     extra_parameters=(f"{_ATTENTION}.relative_attention_bias",),
     label="T5",
 )

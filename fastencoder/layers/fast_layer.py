@@ -144,7 +144,8 @@ class FastLayer(nn.Module):
         binding, projections = state.ready(self)
         if state.to_prove:
             self._prove(call, hidden, args, kwargs)
-        if hidden.dtype != projections.dtype or hidden.device != projections.device:
+        fits = hidden.dtype == projections.dtype or (binding.spec.wide and hidden.dtype == torch.float32)
+        if not fits or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
         output = self._run(run, binding, call, hidden, mask, others)

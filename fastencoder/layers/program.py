@@ -24,14 +24,16 @@ def run_layer(
     arguments: dict[str, Any] | None = None,
     mask: Any = None,
 ) -> torch.Tensor:
-    """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype.
+    """One encoder layer: `x` `[T, D]` -> `[T, D]`, in the same dtype (float32 where a part of the layer is kept in it).
 
     `layer`, `arguments`, the call's own by name, and `mask` are there for the kinds of attention that need them.
     """
     spec = binding.spec
     call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
-    program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     working_dtype = projections.working_dtype(x.shape[0])
+    if spec.wide:
+        return _pre_ln_wide(call, x, working_dtype)
+    program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
     return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
 
 
@@ -67,6 +69,14 @@ def _pre_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     if "output_norm2" in call.binding.norms:
         added, _ = call.norm("output_norm2", added)
     return x + added if scale2 is None else torch.addcmul(x, added, scale2.to(x.dtype))
+
+
+def _pre_ln_wide(call: LayerCall, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """T5's blocks in half precision: `down` is kept in float32, and the residual stream is float32 behind it."""
+    mixed = _attention(call, call.norm("norm1", x)[0].to(dtype))
+    x = clamp(x + call.projections.out(mixed), call.spec)
+    inner = _inner(call, call.norm("norm2", x)[0].to(dtype))
+    return x + call.projections.down(inner.float())
 
 
 def _attention(call: LayerCall, x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,12 @@ NAMED = (
     "mbart.MBartEncoderLayer",
     "whisper.WhisperEncoderLayer",
     "wav2vec2.Wav2Vec2EncoderLayerStableLayerNorm",
+    "mpnet.MPNetLayer",
+    "t5.T5Block.gated_encoder",
+    "deberta_v2.DebertaV2Layer",
+    "deberta.DebertaLayer",
+    "beit.BeitLayer",
+    "wavlm.WavLMEncoderLayer",
 )
 
 
