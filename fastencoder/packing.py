@@ -204,6 +204,23 @@ class PackedBatch:
         holes, shifted = self.remembered(("layout",), self.offsets, make)
         return "holes" if holes else "run" if shifted else "right"
 
+    def per_sequence(self, table: torch.Tensor) -> torch.Tensor:
+        """For each real token what `table` `[B, *]` holds for its sequence: `[T, *]`.
+
+        Raises:
+            ValueError: the table is not one of this batch.
+        """
+        if table.dim() == 0 or table.shape[0] != self.offsets.shape[0] - 1:
+            raise ValueError(f"a table {tuple(table.shape)} does not belong to {self.offsets.shape[0] - 1} sequences")
+
+        def make() -> torch.Tensor:
+            if self.indices is not None:
+                return table.index_select(0, self.indices // self.seqlen)
+            return table.repeat_interleave(self.offsets.diff(), dim=0)
+
+        found: torch.Tensor = self.remembered(("per sequence", id(table)), table, make)
+        return found
+
     def per_token(self, table: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The rows `[T, *]` of the real tokens, of a table by position: `prepare(table)` with `table` `[1 or B, S, *]`.
 

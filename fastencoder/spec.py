@@ -87,7 +87,8 @@ class Adapter:
     Args:
         norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`.
         names: where the parts are. Several maps may be given where versions of transformers or configurations differ: the
-            first one whose paths all exist in the layer is used. A norm that is an `nn.Identity` does not exist.
+            first one whose paths all exist in the layer is used. A norm of queries or keys that is an
+            `nn.Identity` does not.
         former_names: older names of the layer's arguments that it still takes, with what they are called now.
         mask: name of the parameter of the layer's `forward` that carries the attention mask; "" for a layer that takes none,
             or whose kind of attention reads it.
@@ -112,6 +113,10 @@ class Adapter:
         scale_by_tanh: True if LayerScale's parameters are one number each, and its hyperbolic tangent is the scale.
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
+        chosen_by: the argument `[B]` that chooses an expert or an adapter for each sequence: a `feed_forward` of the name map
+            is called with hidden states `[T, 1, D]` and the choice for each token `[T]`.
+        chosen_last: path of a method that is called with the choice for each token `[T]` and the sum `[T, D]` of the
+            feed-forward block and its residual, before the last norm (post-LN only).
         offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
         label: the family's name, for people; by default it is made of `norm_placement`.
         extra_parameters: paths of parameters and buffers that the kind of attention reads.
@@ -155,6 +160,8 @@ class Adapter:
     options: Mapping[str, object] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     former_names: Mapping[str, str] = field(default_factory=dict)
+    chosen_by: str = ""
+    chosen_last: str = ""
     offsets: str = ""
     bidirectional: bool = False
     extra_parameters: tuple[str, ...] = ()
@@ -212,12 +219,18 @@ class LayerSpec:
     wide: bool = False
 
     @property
+    def has_choice(self) -> bool:
+        """Whether a part of the layer is chosen for each sequence."""
+        return bool(self.adapter.chosen_by and (self.names.feed_forward or self.adapter.chosen_last))
+
+    @property
     def is_basic(self) -> bool:
         """Whether this is the first of all programs: plain attention over separate projections, two norms, two linears."""
         basic = {"query", "key", "value", "out", "up", "down"}
         return (
             self.adapter.attention == "plain"
             and not self.adapter.offsets
+            and not self.has_choice
             and not self.opaque
             and not self.wide
             and set(self.names.given(LINEAR_SLOTS)) == basic

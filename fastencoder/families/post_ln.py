@@ -25,6 +25,15 @@ BERT_NAMES = NameMap(
 BERT = Adapter("post", (BERT_NAMES,))
 BERT_TUPLE = replace(BERT, extra_outputs=0)
 
+# X-MOD (https://arxiv.org/abs/2205.06266): an adapter of the sequence's language before the last norm.
+XMOD = replace(
+    BERT,
+    requires={"pre_norm": False},
+    chosen_by="lang_ids",
+    chosen_last="output.lang_adapter",
+    extra_parameters=("output.adapter_modules", "output.adapter_layer_norm"),
+)
+
 DISTILBERT = Adapter(
     "post",
     (
@@ -182,6 +191,7 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
         replace(BERT, decoder="GIT's text layers are a causal decoder"),
         {"git.modeling_git.GitLayer": "git"},
     ),
+    (XMOD, {"xmod.modeling_xmod.XmodLayer": "xmod"}),
     (PROPHETNET, {"prophetnet.modeling_prophetnet.ProphetNetEncoderLayer": "prophetnet"}),
     (TVP, {"tvp.modeling_tvp.TvpEncodeLayer": "tvp"}),
     (DISTILBERT, {"distilbert.modeling_distilbert.TransformerBlock": "distilbert"}),

@@ -28,11 +28,14 @@ OLD_VIT_NAMES = NameMap(
 )
 OLD_VIT = Adapter("pre", (OLD_VIT_NAMES,), mask="")
 OLD_VIT_MASKED = Adapter("pre", (OLD_VIT_NAMES,), extra_outputs=0)
+# One feed-forward block, or a mixture whose expert is chosen for each image.
 VITPOSE = replace(
     OLD_VIT,
-    names=(replace(OLD_VIT_NAMES, up="mlp.fc1", activation="mlp.activation", down="mlp.fc2"),),
-    requires={"num_experts": 1},
-    ignores=("dataset_index",),
+    names=(
+        replace(OLD_VIT_NAMES, up="mlp.fc1", activation="mlp.activation", down="mlp.fc2"),
+        replace(OLD_VIT_NAMES, up="", activation="", down="", feed_forward="mlp"),
+    ),
+    chosen_by="dataset_index",
 )
 
 FUSED_CLIP_NAMES = replace(CLIP_NAMES, query="", key="", value="", qkv="self_attn.qkv", out="self_attn.projection")
@@ -41,6 +44,24 @@ FUSED_CLIP = Adapter("pre", (FUSED_CLIP_NAMES,), mask="")
 PP_OCR = replace(
     FUSED_CLIP, names=(replace(FUSED_CLIP_NAMES, activation="mlp.activation"),), ignores=("attention_mask",)
 )
+# transformers puts a window into the mask of each layer where it makes one. Flash attention is given no window.
+MOONSHINE_STREAMING = Adapter(
+    "pre",
+    (
+        replace(
+            CLIP_NAMES,
+            out="self_attn.o_proj",
+            norm1="input_layernorm",
+            norm2="post_attention_layernorm",
+            heads="",
+            head_dim="self_attn.head_dim",
+            scaling="self_attn.scaling",
+        ),
+    ),
+    attention="windowed",
+    options={"window": "self_attn.sliding_window"},
+)
+
 MGP_STR = Adapter(
     "pre",
     (
@@ -252,6 +273,14 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "pp_ocrv5_mobile_rec.modeling_pp_ocrv5_mobile_rec.PPOCRV5MobileRecBlock": "pp_ocrv5_mobile_rec",
             "pp_ocrv5_server_rec.modeling_pp_ocrv5_server_rec.PPOCRV5ServerRecBlock": "pp_ocrv5_server_rec",
             "pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec.PPOCRV6SmallRecBlock": "pp_ocrv6_small_rec",
+        },
+    ),
+    (
+        MOONSHINE_STREAMING,
+        {
+            "moonshine_streaming.modeling_moonshine_streaming.MoonshineStreamingEncoderLayer": (
+                "moonshine_streaming moonshine_streaming_encoder"
+            )
         },
     ),
     (MGP_STR, {"mgp_str.modeling_mgp_str.MgpstrLayer": "mgp-str"}),

@@ -53,7 +53,8 @@ class LayerState:
 
     def _forget(self) -> None:
         kind = KINDS[self.adapter.attention]
-        self.understood = kind.reads.union(self.adapter.ignores, [self.adapter.offsets] if self.adapter.offsets else [])
+        named = [name for name in (self.adapter.offsets, self.adapter.chosen_by) if name]
+        self.understood = kind.reads.union(self.adapter.ignores, named)
         self.binding: Binding | None = None
         self.projections: Projections | None = None
         self.fast_calls = 0

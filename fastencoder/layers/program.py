@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ..packing import PackedBatch
+from ..parts import lookup
 from ..spec import LayerSpec
 from .attention import KINDS, LayerCall
 from .binding import Binding
+from .guards import Delegated
 from .projection import Projection
 from .weights import Projections
 
@@ -42,6 +44,10 @@ def _post_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     x, _ = _project_add_norm(call, call.projections.out, mixed, x, "norm1", keep_sum=False)
     if call.binding.feed_forward is not None:
         x, _ = call.norm("norm2", _whole_feed_forward(call, x), x, keep_sum=False)
+        return x
+    if call.spec.adapter.chosen_last:
+        x = _chosen_last(call, call.projections.down(_inner(call, x), residual=x))
+        x, _ = call.norm("norm2", x, keep_sum=False)
         return x
     x, _ = _project_add_norm(call, call.projections.down, _inner(call, x), x, "norm2", keep_sum=False)
     return x
@@ -98,7 +104,26 @@ def _inner(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
 def _whole_feed_forward(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     """A feed-forward block that is one module of the model's own: `[T, D]` -> `[T, D]`."""
     weights_dtype = call.projections.dtype
+    if call.spec.has_choice:
+        return call.binding.feed_forward(x.to(weights_dtype).unsqueeze(1), _choice(call))[:, 0].to(x.dtype)
     return call.binding.feed_forward(x.to(weights_dtype).unsqueeze(0))[0].to(x.dtype)
+
+
+def _chosen_last(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    """A method of the model's own, with a part that was chosen for each sequence: `[T, D]` -> `[T, D]`."""
+    method = lookup(call.layer, call.spec.adapter.chosen_last)
+    return method(_choice(call), x.to(call.projections.dtype)).to(x.dtype)
+
+
+def _choice(call: LayerCall) -> torch.Tensor:
+    """The expert or adapter that was chosen for the sequence of each token: `[T]`."""
+    given = call.arguments.get(call.spec.adapter.chosen_by)
+    if not isinstance(given, torch.Tensor) or given.dim() != 1:
+        raise Delegated(f"{call.spec.adapter.chosen_by} is not one number for each sequence")
+    try:
+        return call.batch.per_sequence(given)
+    except ValueError as error:
+        raise Delegated(f"{call.spec.adapter.chosen_by}: {error}") from None
 
 
 def _project_add_norm(

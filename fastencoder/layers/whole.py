@@ -84,7 +84,7 @@ def _fits_a_graph(parts: Sequence[tuple], hidden: torch.Tensor) -> bool:
         and binding.spec.head_dim == parts[0][0].spec.head_dim
         # Other kinds of attention read arguments of the call, and an opaque part may do anything.
         and binding.spec.adapter.attention == "plain"
-        and not (binding.spec.opaque or binding.spec.adapter.offsets)
+        and not (binding.spec.opaque or binding.spec.adapter.offsets or binding.spec.has_choice)
         # This guard against overflow looks at all tokens, also at those that only fill a bucket.
         and not (binding.spec.adapter.clamp == "non-finite" and hidden.dtype == torch.float16)
         for binding, projections in parts

@@ -51,6 +51,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "text_and_image": UNMASKED,
     "naflex": (RIGHT, HOLES, SINGLE, FULL, ONES),
     "hidden": ALL,
+    "languages": ALL,
+    "streaming": LENGTHS,
     "windows": UNMASKED,
     "frames": UNMASKED,
     "patch_rows": UNMASKED,
@@ -355,6 +357,28 @@ def _patch_grid(case: Case, model: nn.Module, pattern: str, generator: torch.Gen
     inputs["pixel_values"] = inputs["pixel_values"][: len(sides)]
     inputs["patch_attention_mask"] = grid
     return Batch(inputs, grid.flatten(1))
+
+
+def _languages(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """X-MOD: each sentence has a language."""
+    batch = _text(case, model, pattern, generator)
+    rows = len(batch.inputs["input_ids"])
+    batch.inputs["lang_ids"] = torch.arange(rows) % len(model.config.languages)
+    return batch
+
+
+def _streaming(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """Moonshine: raw samples in frames, of which every four make a token."""
+    frame = model.embedder.frame_len
+    short = mask(pattern, 13)
+    rows = 3 if short is None else len(short)
+    samples = torch.randn(rows, 4 * 13 * frame, generator=generator)
+    if short is None:
+        return Batch({"input_values": samples})
+    attention_mask = (torch.arange(samples.shape[1]) < 4 * frame * short.sum(1)[:, None]).long()
+    with torch.no_grad():
+        real = model.embedder(samples.to(model.dtype), attention_mask)[1]
+    return Batch({"input_values": samples, "attention_mask": attention_mask}, real)
 
 
 def _hidden(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

@@ -65,6 +65,7 @@ def wav2vec2(package: str, layer: str, model: str, **other: Any) -> Case:
 
 
 ROBERTA = {"pad_token_id": 1, "type_vocab_size": 1}
+XMOD = {**ROBERTA, "languages": ["en_XX", "de_DE"], "default_language": "en_XX"}
 
 CASES: list[Case] = [
     bert("bert", "BertLayer", "BertModel"),
@@ -159,6 +160,25 @@ CASES: list[Case] = [
         "MarkupLMModel",
         config={"max_depth": 4, "xpath_unit_hidden_size": 8},
         eager_only=True,
+    ),
+    bert("xmod", "XmodLayer", "XmodModel", inputs="languages", config=XMOD),
+    bert(
+        "xmod",
+        "XmodLayer",
+        "XmodModel",
+        tag="adapter_norm",
+        inputs="languages",
+        config={**XMOD, "adapter_layer_norm": True, "ln_before_adapter": False},
+    ),
+    bert(
+        "xmod",
+        "XmodLayer",
+        "XmodModel",
+        tag="pre_norm",
+        inputs="languages",
+        config={**XMOD, "pre_norm": True},
+        expect=REFUSED,
+        why="adapters in a pre-LN layer",
     ),
     bert("rembert", "RemBertLayer", "RemBertModel", config={"input_embedding_size": 24}, eager_only=True),
     bert(

@@ -52,7 +52,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             yield f"{path}.bias", _fill(path, "bias", 0.0)
         if weights.is_norm(module):
             yield f"{path}.eps", _eps(path)
-            yield f"{path}.weight", _fill(path, "weight", 1.0)
+            if module.weight is not None:
+                yield f"{path}.weight", _fill(path, "weight", 1.0)
             if getattr(module, "bias", None) is not None and inner.split(".")[-1] not in _KEY_NORM:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
@@ -63,7 +64,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             yield f"{path}.weight", _fill(path, "weight", 0.0)
         for parameter, _ in module.named_parameters(recurse=False):
             if any(part in parameter for part in weights.LAYER_SCALES):
-                yield f"{path}.{parameter}", _fill(path, parameter, 20.0 if "gate" in parameter else 1.0)  # tanh(20) = 1
+                nothing = 20.0 if "gate" in parameter else 0.0 if hasattr(module, "unit_offset") else 1.0  # tanh(20) = 1
+                yield f"{path}.{parameter}", _fill(path, parameter, nothing)
         if getattr(module, "attn_logit_softcapping", None) is not None:
             yield f"{path}.attn_logit_softcapping", _attribute(path, "attn_logit_softcapping", None)
         for attribute in _FLAGS:

@@ -81,7 +81,8 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
             if id(norm) not in done:
                 done.add(id(norm))
                 set_eps(norm, float(f"{ratio * float(args[0].var(-1, unbiased=False).mean()):.2g}"))
-                norm.weight.mul_(math.sqrt(1.0 + ratio))
+                if norm.weight is not None:
+                    norm.weight.mul_(math.sqrt(1.0 + ratio))
 
         return hook
 

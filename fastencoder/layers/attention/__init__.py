@@ -29,6 +29,7 @@ KINDS: dict[str, AttentionKind] = {
     "biased": Biased(),
     "joined-windows": JoinedWindows(),
     "softcap": Softcap(),
+    "windowed": Windowed(AttentionKind()),
     "pair-mask": PairMask(),
     "causal-flag": CausalFlag(),
     "spatial-positions": SpatialPositions("spatial_position_embeddings"),
