@@ -49,11 +49,13 @@ def _annealed(case: Case, model: nn.Module, pattern: str, generator: torch.Gener
 
 
 def _strip(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """MiniCPM-V: the patches of all images side by side in one strip of pixels."""
+    """MiniCPM-V: the patches of all images side by side in one strip of pixels. Up to transformers 5.17 only images of one size
+    can be merged after a layer."""
     sizes = _grids(case, pattern)[:, 1:]
     side = model.config.patch_size
     strip = torch.randn(1, 3, side, side * int(sizes.prod(1).sum()), generator=generator)
-    return Batch({"pixel_values": strip, "target_sizes": sizes.int()})
+    uniform = pattern in (SINGLE, ONES)
+    return Batch({"pixel_values": strip, "target_sizes": sizes.int(), "use_vit_merger": uniform})
 
 
 def _image_sizes(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

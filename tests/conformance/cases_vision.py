@@ -284,7 +284,7 @@ ROTATING: list[Case] = [
         "Llama4VisionModel",
         "model.layers",
         config={"intermediate_size": 192, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
-        options={"attentions": "after hidden states"},
+        options={"attentions": "after hidden states", "unread": (".scaling",)},
     ),
     vit(
         "eomt_dinov3",

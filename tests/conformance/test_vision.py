@@ -54,7 +54,7 @@ def test_rotation_shows(case: Case) -> None:
 
 @_ids([case for case in CASES if case.inputs in ("patches", "strip", "image_sizes", "mel_chunks", "mel_rows")])
 def test_images_are_kept_apart(case: Case) -> None:
-    """Each image has an influence on its own tokens only, in the stock model and in the fast one; the batches show it if not."""
+    """A change in the last image reaches its own tokens only, in the stock model and in the fast one."""
     models = models_of(case)
     batch = batches.build(case, models.stock, batches.NONE)
     name = next(iter(batch.inputs))
