@@ -47,7 +47,7 @@ LLAMA4_NAMES = replace(
     out="self_attn.o_proj",
     norm1="input_layernorm",
     norm2="post_attention_layernorm",
-    scaling="self_attn.scaling",
+    scaling=None,  # it has the attribute and leaves the factor to the attention function
 )
 STEP3_NAMES = replace(
     CLIP_NAMES, norm1="layernorm_before", norm2="layernorm_after", scale1="lambda_1", scale2="lambda_2"

@@ -66,7 +66,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "image_sizes": (NONE, SINGLE, ONES),
     "mel_chunks": (NONE, SINGLE, ONES),
     "mel_rows": (NONE, SINGLE, ONES),
+    "annealed": UNMASKED,
     "clip": UNMASKED,
+    "clip_tokens": UNMASKED,
 }
 
 

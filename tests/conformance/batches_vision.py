@@ -41,12 +41,21 @@ def _patches(case: Case, model: nn.Module, pattern: str, generator: torch.Genera
     return Batch(inputs)
 
 
+def _annealed(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """EoMT at the end of its training: the masks between its last layers, whose layers run the stock forward, are gone."""
+    model.attn_mask_probs.zero_()
+    side = model.config.image_size
+    return Batch({"pixel_values": torch.randn(1 if pattern == SINGLE else 3, 3, side, side, generator=generator)})
+
+
 def _strip(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """MiniCPM-V: the patches of all images side by side in one strip of pixels."""
+    """MiniCPM-V: the patches of all images side by side in one strip of pixels. Up to transformers 5.17 only images of one size
+    can be merged after a layer."""
     sizes = _grids(case, pattern)[:, 1:]
     side = model.config.patch_size
     strip = torch.randn(1, 3, side, side * int(sizes.prod(1).sum()), generator=generator)
-    return Batch({"pixel_values": strip, "target_sizes": sizes.int()})
+    uniform = pattern in (SINGLE, ONES)
+    return Batch({"pixel_values": strip, "target_sizes": sizes.int(), "use_vit_merger": uniform})
 
 
 def _image_sizes(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
@@ -66,8 +75,19 @@ def _mel_rows(case: Case, model: nn.Module, pattern: str, generator: torch.Gener
 
 
 def _clip(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """V-JEPA 2: videos of four frames of 8 by 8."""
-    return Batch({"pixel_values_videos": torch.randn(1 if pattern == SINGLE else 3, 4, 3, 8, 8, generator=generator)})
+    """V-JEPA 2: videos of four frames."""
+    side, rows = model.config.crop_size, 1 if pattern == SINGLE else 3
+    pixels = torch.randn(rows, 4, 3, side, side, generator=generator)
+    return Batch({"pixel_values_videos": pixels, "skip_predictor": True})
+
+
+def _clip_tokens(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """The predictor of V-JEPA 2: some patches of each video are known, others are asked for."""
+    rows = 1 if pattern == SINGLE else 3
+    count = 2 * (model.config.crop_size // model.config.patch_size) ** 2
+    order = torch.rand(rows, count, generator=generator).argsort(1)
+    states = torch.randn(rows, count, model.config.hidden_size, generator=generator)
+    return Batch({"encoder_hidden_states": states, "context_mask": [order[:, :9]], "target_mask": [order[:, 9:20]]})
 
 
 def _mel_chunks(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

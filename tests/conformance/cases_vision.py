@@ -44,6 +44,18 @@ MUSE = {
 }
 GROUPED = {"hidden_size": 64, "num_key_value_heads": 2}
 STRIP = {"image_size": 24, "insert_layer_id": 0}
+VJEPA2 = {
+    "crop_size": 12,
+    "frames_per_clip": 4,
+    "mlp_ratio": 2,
+    "num_attention_heads": 2,  # heads of 24: a third of a head is turned by each axis
+    "pred_hidden_size": 40,
+    "pred_mlp_ratio": 2,
+    "pred_num_attention_heads": 2,  # heads of 20, of which 18 are turned
+    "pred_num_hidden_layers": 2,
+    "intermediate_size": None,
+    "image_size": None,
+}
 NOT_RECORDED = ("last_hidden_state", "hidden_states", "no attentions")  # by the stock model
 FLAT = {"cell": (48,)}
 FRAMES = {"cell": (96,)}  # patches of two frames
@@ -272,6 +284,15 @@ ROTATING: list[Case] = [
         "Llama4VisionModel",
         "model.layers",
         config={"intermediate_size": 192, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+        options={"attentions": "after hidden states", "unread": (".scaling",)},
+    ),
+    vit(
+        "eomt_dinov3",
+        "EomtDinov3Layer",
+        "EomtDinov3ForUniversalSegmentation",
+        "layers",
+        inputs="annealed",
+        config={"num_hidden_layers": 3, "num_blocks": 1, "num_queries": 5, "num_register_tokens": 2},
     ),
     vit("mlcd", "MLCDEncoderLayer", "MLCDVisionModel", "encoder.layers/vision_model.encoder.layers"),
     vit(
@@ -281,23 +302,16 @@ ROTATING: list[Case] = [
         "layers",
         config={"max_position_embeddings": 16},
     ),
+    vit("vjepa2", "VJEPA2Layer", "VJEPA2Model", "encoder.layer", inputs="clip", config=VJEPA2),
     vit(
         "vjepa2",
         "VJEPA2Layer",
-        "VJEPA2Model",
-        "encoder.layer|predictor.layer",
-        inputs="clip",
-        config={
-            "intermediate_size": None,
-            "image_size": None,
-            "crop_size": 8,
-            "frames_per_clip": 4,
-            "mlp_ratio": 2,
-            "num_attention_heads": 2,
-            "pred_hidden_size": 48,
-            "pred_num_attention_heads": 2,
-            "pred_num_hidden_layers": 2,
-        },
+        "VJEPA2Predictor",
+        "layer",
+        inputs="clip_tokens",
+        config=VJEPA2,
+        config_class="VJEPA2Config",
+        tag="predictor",
     ),
 ]
 CASES: list[Case] = [*PACKED, *ROTATING]

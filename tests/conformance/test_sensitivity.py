@@ -42,6 +42,8 @@ def _effects(case: Case, model: torch.nn.Module, batch: batches.Batch) -> dict[s
     stock = measure.last_real(case, measure.run(model, batch), batch)
     effects = {}
     for name, apply in mutations.mutations(model, case.layers(model)):
+        if name.endswith(case.options.get("unread", ())):
+            continue
         mutant = copy.deepcopy(model)
         apply(mutant)
         effects[name] = measure.error(measure.last_real(case, measure.run(mutant, batch), batch), stock)

@@ -133,6 +133,6 @@ def _draw(
         return normal  # tables, class tokens and positions
     if name.endswith("bias") or parameter.dim() == 1:
         return BIAS_STD * normal
-    if parameter.dim() == 3 and name != "weight":  # of experts: [experts, out, in]
-        return normal / math.sqrt(parameter.shape[-1])
+    if parameter.dim() == 3 and name != "weight":  # of experts, [experts, out, in]: no later step makes their outputs large
+        return 3.0 * normal / math.sqrt(parameter.shape[-1])
     return normal / math.sqrt(parameter[0].numel())
