@@ -110,6 +110,7 @@ class Adapter:
             `fastencoder.kernels.ACTIVATIONS`.
         scale: the factor on the scores where the layer has no attribute for it and it is not `head_dim ** -0.5`.
         scale_by_tanh: True if LayerScale's parameters are one number each, and its hyperbolic tangent is the scale.
+        divisor: path of an attribute of the layer; what each block adds to the residual stream is divided by it.
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
         offsets: for layers that take packed tokens `[T, D]`, the argument that holds the cumulative lengths of the sequences.
@@ -150,6 +151,7 @@ class Adapter:
     activation: str = ""
     scale: float | None = None
     scale_by_tanh: bool = False
+    divisor: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     former_names: Mapping[str, str] = field(default_factory=dict)
