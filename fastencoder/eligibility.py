@@ -89,7 +89,8 @@ def _missing(layer: nn.Module, names: NameMap) -> list[str]:
     paths = [*names.given((*LINEAR_SLOTS, *NORM_SLOTS, *LAYER_SCALE_SLOTS, "activation", "feed_forward")).values()]
     paths += names.given(("heads", "kv_heads", "head_dim")).values()
     absent = [path for path in paths if lookup(layer, path) is None]
-    return absent + [path for path in names.given(NORM_SLOTS).values() if type(lookup(layer, path)) is nn.Identity]
+    optional = names.given(NORM_SLOTS[2:])  # the first layer of ModernBERT has no norm1
+    return absent + [path for path in optional.values() if type(lookup(layer, path)) is nn.Identity]
 
 
 def _checks(

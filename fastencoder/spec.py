@@ -87,7 +87,8 @@ class Adapter:
     Args:
         norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`.
         names: where the parts are. Several maps may be given where versions of transformers or configurations differ: the
-            first one whose paths all exist in the layer is used. A norm that is an `nn.Identity` does not exist.
+            first one whose paths all exist in the layer is used. A norm, other than norm1 and norm2, that is an
+            `nn.Identity` does not exist.
         former_names: older names of the layer's arguments that it still takes, with what they are called now.
         mask: name of the parameter of the layer's `forward` that carries the attention mask; "" for a layer that takes none,
             or whose kind of attention reads it.
