@@ -111,6 +111,7 @@ class Adapter:
             `fastencoder.kernels.ACTIVATIONS`.
         scale: the factor on the scores where the layer has no attribute for it and it is not `head_dim ** -0.5`.
         scale_by_tanh: True if LayerScale's parameters are one number each, and its hyperbolic tangent is the scale.
+        divisor: path of an attribute of the layer; what each block adds to the residual stream is divided by it.
         options: what else the kind of attention must know about the class.
         ignores: arguments of the layer's `forward` that change nothing in it.
         chosen_by: the argument `[B]` that chooses an expert or an adapter for each sequence: a `feed_forward` of the name map
@@ -157,6 +158,7 @@ class Adapter:
     activation: str = ""
     scale: float | None = None
     scale_by_tanh: bool = False
+    divisor: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     former_names: Mapping[str, str] = field(default_factory=dict)

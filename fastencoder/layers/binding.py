@@ -77,6 +77,8 @@ class Binding:
         self.scale_owner = lookup(layer, names.scaling.rpartition(".")[0]) if names.scaling else None
         self.scale_name = names.scaling.rpartition(".")[2] if names.scaling else ""
         self.attention = lookup(layer, names.attention)
+        divisor_owner, _, self._divisor_name = adapter.divisor.rpartition(".")
+        self._divisor_owner = (lookup(layer, divisor_owner) if divisor_owner else layer) if adapter.divisor else None
         self._scales = [
             (None if path is None else lookup(layer, path.rpartition(".")[0]) or layer, (path or "").rpartition(".")[2])
             for path in (names.scale1, names.scale2)
@@ -111,7 +113,12 @@ class Binding:
         return None if kind is None else read_norm(self.norms[slot], kind)
 
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The vectors `[D]` of LayerScale for the attention and the feed-forward block."""
+        """The vectors `[D]` that multiply what the attention and the feed-forward block add; None for none."""
+        if self._divisor_owner is not None:
+            factor = 1.0 / getattr(self._divisor_owner, self._divisor_name)
+            if self.memo.get("divisor", (None,))[0] != factor:
+                self.memo["divisor"] = factor, torch.full_like(next(iter(self.norms.values())).weight, factor)
+            return (self.memo["divisor"][1],) * 2
         first, second = (None if owner is None else getattr(owner, name) for owner, name in self._scales)
         # BEiT without LayerScale has the number 1 there.
         scales = tuple(scale if isinstance(scale, torch.Tensor) else None for scale in (first, second))

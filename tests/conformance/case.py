@@ -115,8 +115,8 @@ def _lookup(module_name: str, name: str) -> Any:
     try:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
-            raise Absent(f"{module_name} is not in the installed transformers") from None
+        if error.name is None or module_name.startswith(error.name):
+            raise Absent(f"{module_name} is not in the installed transformers, or needs what is not installed") from None
         raise
     if not hasattr(module, name):
         raise Absent(f"{module_name} has no {name} in the installed transformers")
@@ -154,6 +154,8 @@ def build(case: Case, seed: int = 0, attn: str | None = None, sharp: bool = True
                 model.get_buffer(name).fill_(value)
             if sharp:
                 weights.sharpen(model, seed=seed)
+                for path in case.options.get("quiet", ()):  # its output would drown what the layers add
+                    weights.scale(model.get_submodule(path), 0.1)
                 batch = batches.build(
                     case, model, batches.ONES if batches.ONES in batches.patterns(case) else batches.NONE
                 )

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoConfig, ResNetConfig
+
 from .case import REFUSED, Case, merge
 from .cases_post_ln import TEXT, bert
 
 # Rotation wants heads of an even size; twice three heads share keys and values where the class allows it.
-LLAMA = {**TEXT, "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "pad_token_id": 0}
+LLAMA = {
+    **TEXT,
+    "hidden_size": 60,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "pad_token_id": 0,
+}
 LAYER_TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 WINDOWED = {"num_hidden_layers": 4, "layer_types": LAYER_TYPES}
 ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 100.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
 }
+
+DAC = {"encoder_hidden_size": 8, "downsampling_ratios": [2, 2], "codebook_dim": 12, "hidden_size": 32}
+# The towers that these models have by default are timm's.
+RESNET = ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=10)
+
+
+def video_tower() -> Any:
+    """A config without layers of its own; None where its default tower cannot be imported, and the models neither."""
+    try:
+        return AutoConfig.for_model(
+            "pe_video_encoder", **{**LLAMA, "num_hidden_layers": 0, "vision_config": RESNET}
+        )
+    except ModuleNotFoundError:
+        return None
 
 
 def flat(package: str, layer: str, model: str, placement: str = "pre", **other: Any) -> Case:
@@ -88,11 +111,105 @@ CASES: list[Case] = [
         for tag, kind in (("", "rotary"), ("absolute", "absolute"))
     ),
     flat("eurobert", "EuroBertDecoderLayer", "EuroBertModel"),
-    flat("eurobert", "EuroBertDecoderLayer", "EuroBertModel", tag="biases", config={"attention_bias": True, "mlp_bias": True}),
+    flat(
+        "eurobert",
+        "EuroBertDecoderLayer",
+        "EuroBertModel",
+        tag="biases",
+        config={"attention_bias": True, "mlp_bias": True},
+    ),
     flat(
         "ultrabert",
         "UltrabertDecoderLayer",
         "UltrabertModel",
         config={**WINDOWED, "sliding_window": 2, "rope_parameters": ROPES},
+    ),
+    bert(
+        "evolla",
+        "EvollaSaProtLayer",
+        "EvollaSaProtProteinEncoder",
+        placement="pre",
+        config_class="SaProtConfig",
+        config={"pad_token_id": 1, "mask_token_id": 4},
+    ),
+    flat("esmc", "EsmcLayer", "EsmcModel", config={"num_attention_heads": 6, "num_key_value_heads": 6}),
+    flat("dia", "DiaEncoderLayer", "DiaEncoder"),
+    flat(
+        "moonshine",
+        "MoonshineEncoderLayer",
+        "MoonshineEncoder",
+        inputs="seconds",
+        config={
+            "hidden_size": 60,
+            "encoder_num_hidden_layers": 2,
+            "decoder_num_hidden_layers": 1,
+            "encoder_num_attention_heads": 6,
+            "encoder_num_key_value_heads": 6,
+            "decoder_num_attention_heads": 6,
+            "decoder_num_key_value_heads": 6,
+            "pad_head_dim_to_multiple_of": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.6},
+        },
+    ),
+    flat("glmasr", "GlmAsrEncoderLayer", "GlmAsrEncoder", inputs="log_mel", config={"num_mel_bins": 8, "head_dim": 12}),
+    *(
+        flat(
+            package,
+            layer,
+            model,
+            inputs="stacked_frames",
+            config={
+                "num_key_value_heads": 6,
+                "num_mel_bins": 8,
+                "subsampling_factor": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.6},
+            },
+        )
+        for package, layer, model in (
+            ("nemotron3_diarization", "Nemotron3DiarizationAudioLayer", "Nemotron3DiarizationAudioModel"),
+            ("nemotron3_5_transcribe", "Nemotron3_5TranscribeAsrAudioLayer", "Nemotron3_5TranscribeAsrAudioModel"),
+        )
+    ),
+    flat(
+        "dots3_note",
+        "Dots3NoteAudioLayer",
+        "Dots3NoteAudioModel",
+        inputs="chunks",
+        config={
+            "num_key_value_heads": 6,
+            "feature_size": 16,
+            "downsample_hidden_size": 4,
+            "conv_output_size": 8,
+            "hop_length": 10,
+            "samples_per_token": 80,
+            "adapter_input_size": 60,
+            "adapter_out_dim": 24,
+        },
+    ),
+    flat(
+        "pe_audio",
+        "PeAudioEncoderLayer",
+        "PeAudioEncoder",
+        inputs="waves",
+        config={"attention_bias": True, "dac_config": DAC},
+        options={"quiet": ("embedder.data_proj", "patch_embedder.resnet_block.block2")},
+    ),
+    flat(
+        "pe_video",
+        "PeVideoEncoderLayer",
+        "PeVideoEncoder",
+        inputs="waves",
+        config={"attention_bias": True, "vision_config": RESNET},
+    ),
+    flat(
+        "pe_audio_video",
+        "PeAudioVideoEncoderLayer",
+        "PeAudioVideoEncoder",
+        inputs="waves",
+        config={
+            "attention_bias": True,
+            "audio_config": {**LLAMA, "num_hidden_layers": 0, "dac_config": DAC},
+            "video_config": video_tower(),
+        },
     ),
 ]

@@ -26,7 +26,7 @@ def mutations(model: nn.Module, layers: list[nn.Module]) -> Iterator[Mutation]:
     for name, layer in _named(model, layers):
         yield from _of_layer(name, layer)
     for name, module in model.named_modules():
-        if type(module).__name__.endswith(_ROTARY):
+        if type(module).__name__.endswith(_ROTARY) and not name.startswith("embedder."):  # a tower before the layers
             for table, _ in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
                 if table in ("weight", "inv_freq") or table.endswith("attention_inv_freq") and "original" not in table:
                     yield f"{name}.{table}", _fill(name, table, 0.0)

@@ -150,7 +150,8 @@ def test_copy_and_pickle(case: Case) -> None:
     assert fastencoder.is_fast(model)
 
 
-@rows([case for case in CONVERTED if case.package != "idefics" and not case.where])
+# idefics, and models whose config knows only timm's towers, do not load what they saved here.
+@rows([case for case in CONVERTED if case.package not in ("idefics", "pe_video", "pe_audio_video") and not case.where])
 def test_save_and_reload_while_fast(case: Case, tmp_path: Path) -> None:
     models = models_of(case)
     if not hasattr(models.stock, "save_pretrained"):

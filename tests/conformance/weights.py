@@ -22,6 +22,8 @@ LAYER_SCALES = ("lambda", "layer_scale", "gamma", "gate_attn", "gate_ffn")
 SPREAD = {"query": 1.0, "key": 1.5, "value": 1.5, "other": 1.0}  # of a linear's output, from token to token of a row
 BIAS_TABLE_STD = 2.0  # of what is added to scores, by distance
 BIAS_TABLES = ("relative_attention_bias", "rel_attn_embed")
+QK_NORM_WEIGHT = 1.7  # norms of queries and keys undo what was done to their projections
+_QK_NORMS = ("q_norm", "k_norm")
 _ROLES = {
     "query": ("query", "q_proj", "q_lin", "q", "query_proj"),
     "key": ("key", "k_proj", "k_lin", "k", "key_proj"),
@@ -65,6 +67,13 @@ def sharpen(model: nn.Module, seed: int = 0) -> None:
 
 
 @torch.no_grad()
+def scale(module: nn.Module, factor: float) -> None:
+    """Multiply the parameters of ``module`` in place."""
+    for parameter in module.parameters():
+        parameter.mul_(factor)
+
+
+@torch.no_grad()
 def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> None:
     """Fit the norms and linears of ``layers`` to what they meet in ``forward()``.
 
@@ -76,13 +85,15 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
     """
     done: set[int] = set()  # a layer may be called more than once
 
-    def fit_norm(ratio: float) -> Callable[..., None]:
+    def fit_norm(ratio: float, sharper: float) -> Callable[..., None]:
         def hook(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if id(norm) not in done:
                 done.add(id(norm))
                 set_eps(norm, float(f"{ratio * float(args[0].var(-1, unbiased=False).mean()):.2g}"))
                 if norm.weight is not None:
-                    norm.weight.mul_(math.sqrt(1.0 + ratio))
+                    norm.weight.mul_(sharper * math.sqrt(1.0 + ratio))
+                if getattr(norm, "bias", None) is not None:
+                    norm.bias.mul_(sharper)
 
         return hook
 
@@ -100,8 +111,9 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
 
     handles = []
     for layer in layers:
-        for index, (_, norm) in enumerate(norms(layer)):
-            handles.append(norm.register_forward_pre_hook(fit_norm(EPS_RATIO[index % len(EPS_RATIO)])))
+        for index, (name, norm) in enumerate(norms(layer)):
+            sharper = QK_NORM_WEIGHT if name.rsplit(".", 1)[-1] in _QK_NORMS else 1.0
+            handles.append(norm.register_forward_pre_hook(fit_norm(EPS_RATIO[index % len(EPS_RATIO)], sharper)))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_hook(fit_linear(SPREAD[_role(name.rsplit(".", 1)[-1])])))

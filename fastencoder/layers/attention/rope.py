@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,16 +18,22 @@ class Rope(AttentionKind):
     `Adapter.options["rotary"]` may name an attribute of the layer and the value with which its attention turns anything at all.
 
     Args:
-        interleaved: pairs are neighbours (2i, 2i + 1), and their angle stands twice side by side in the tables; otherwise pairs
-            are (i, i + r / 2), and the second half of the tables repeats the first.
+        interleaved: pairs are neighbours (2i, 2i + 1), otherwise (i, i + r / 2).
+        repeats: where the angle of a pair stands again in the tables: "halves", if their second half repeats the first, or
+            "neighbours".
         argument: the name of the layer's argument.
         optional: a layer that is given no tables turns nothing.
     """
 
     def __init__(
-        self, interleaved: bool = False, argument: str = "position_embeddings", optional: bool = False
+        self,
+        interleaved: bool = False,
+        repeats: Literal["halves", "neighbours"] = "halves",
+        argument: str = "position_embeddings",
+        optional: bool = False,
     ) -> None:
         self.interleaved = interleaved
+        self.prepare = _first_half if repeats == "halves" else _every_other
         self.argument = argument
         self.optional = optional
         self.reads = frozenset({argument})
@@ -47,13 +53,13 @@ class Rope(AttentionKind):
 
     def tables(self, given: Any) -> Any:
         """Cosines and sines in the argument that was given, each with a function that makes `[1 or B, S, r / 2]` of it."""
-        if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(t, torch.Tensor) for t in given):
+        if (
+            not isinstance(given, tuple | list)
+            or len(given) != 2
+            or not all(isinstance(t, torch.Tensor) for t in given)
+        ):
             raise Delegated(f"{self.argument} is not a pair of cosines and sines")
-        return [(table, self._half) for table in given]
-
-    def _half(self, table: torch.Tensor) -> torch.Tensor:
-        """One angle for each pair: `[1 or B, S, r]` -> `[1 or B, S, r / 2]`."""
-        return table[..., ::2] if self.interleaved else table[..., : table.shape[-1] // 2]
+        return [(table, self.prepare) for table in given]
 
 
 class RoFormerRope(Rope):
@@ -65,12 +71,20 @@ class RoFormerRope(Rope):
     def tables(self, given: Any) -> Any:
         if not isinstance(given, torch.Tensor) or given.dim() != 4 or given.shape[1] != 1:
             raise Delegated(f"{self.argument} is not a table [1, 1, S, d]")
-        return (given, _second_half), (given, _first_half)
+        return (given, _second_half_of_heads), (given, _first_half_of_heads)
 
 
 def _first_half(table: torch.Tensor) -> torch.Tensor:
+    return table[..., : table.shape[-1] // 2]
+
+
+def _every_other(table: torch.Tensor) -> torch.Tensor:
+    return table[..., ::2]
+
+
+def _first_half_of_heads(table: torch.Tensor) -> torch.Tensor:
     return table[:, 0, :, : table.shape[-1] // 2]
 
 
-def _second_half(table: torch.Tensor) -> torch.Tensor:
+def _second_half_of_heads(table: torch.Tensor) -> torch.Tensor:
     return table[:, 0, :, table.shape[-1] // 2 :]

@@ -89,7 +89,9 @@ def _read(mask: torch.Tensor, batch: PackedBatch) -> dict[str, Any]:
     last = torch.where(tokens, position, -1).amax(1)
     span = (last - first).amax()  # the longest distance between two tokens
     holes = ((last - first + 1 != tokens.sum(1)) & (last >= 0)).any()
-    answer = torch.stack((fits, left, right, span, holes)).tolist()  # the host waits for the device once for such a mask
+    answer = torch.stack(
+        (fits, left, right, span, holes)
+    ).tolist()  # the host waits for the device once for such a mask
     if not answer[0]:
         raise Delegated("only key padding and windows around each token are fused, and this mask is another one")
     left, right, span = answer[1:4]
