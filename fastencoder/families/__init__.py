@@ -17,6 +17,7 @@ from . import (
     relative_bias,
     rope,
     t5,
+    windows,
 )
 
 _FAMILIES = (
@@ -26,6 +27,7 @@ _FAMILIES = (
     relative_bias,
     rope,
     t5,
+    windows,
 )
 
 

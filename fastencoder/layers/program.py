@@ -30,7 +30,7 @@ def run_layer(
     """
     spec = binding.spec
     call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
-    program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
+    program = {"post": _post_ln, "pre": _pre_ln, "residual": _residual_ln}[spec.adapter.norm_placement]
     working_dtype = projections.working_dtype(x.shape[0])
     return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
 
@@ -67,6 +67,13 @@ def _pre_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     if "output_norm2" in call.binding.norms:
         added, _ = call.norm("output_norm2", added)
     return x + added if scale2 is None else torch.addcmul(x, added, scale2.to(x.dtype))
+
+
+def _residual_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    added, _ = call.norm("norm1", call.projections.out(_attention(call, x)))
+    x = x + added
+    added, _ = call.norm("norm2", call.projections.down(_inner(call, x)))
+    return x + added
 
 
 def _attention(call: LayerCall, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from . import (
     cases_post_ln,
     cases_pre_ln,
     cases_rope,
+    cases_windows,
 )
 from .case import Case
 
@@ -19,6 +20,7 @@ _FILES = (
     cases_post_ln,
     cases_pre_ln,
     cases_rope,
+    cases_windows,
 )
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 BY_ID: dict[str, Case] = {case.id: case for case in CASES}

@@ -16,6 +16,8 @@ Mutation = tuple[str, Callable[[nn.Module], None]]
 _KEY = ("key", "k_proj", "k_lin", "k")  # softmax is blind to a bias of the keys: q.(k + b) = q.k + a constant of the query
 _KEY_NORM = ("k_norm",)  # whose bias is one of the keys
 _SCALE = ("scaling", "scale")
+_POSITIONS = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w", "logit_scale")
+_CALLED = "continuous_position_bias_mlp"  # the fast layer calls it whole
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 
 
@@ -46,6 +48,8 @@ def _named(model: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[str, nn.
 def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
     for inner, module in layer.named_modules():
         path = f"{name}.{inner}" if inner else name
+        if _CALLED in inner:
+            continue
         if isinstance(module, nn.Linear) and module.bias is not None and inner.split(".")[-1] not in _KEY:
             yield f"{path}.bias", _fill(path, "bias", 0.0)
         if weights.is_norm(module):
@@ -54,7 +58,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             if getattr(module, "bias", None) is not None and inner.split(".")[-1] not in _KEY_NORM:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
-            unread = getattr(module, "fused_attn", False)  # timm's attention, where torch's function takes its own scale
+            # Where torch's function takes its own scale: timm's attention, and some of SAM's.
+            unread = getattr(module, "fused_attn", False) or type(module).__name__.endswith("SdpaAttention")
             if isinstance(getattr(module, attribute, None), float) and not unread:
                 yield f"{path}.{attribute}", _attribute(path, attribute, 0.5 if getattr(module, attribute) == 1.0 else 1.0)
         if isinstance(module, nn.Embedding):  # a table of biases by distance
@@ -62,6 +67,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
         for parameter, _ in module.named_parameters(recurse=False):
             if "lambda" in parameter or parameter == "gamma":
                 yield f"{path}.{parameter}", _fill(path, parameter, 1.0)
+            if parameter in _POSITIONS:
+                yield f"{path}.{parameter}", _fill(path, parameter, 0.0)
 
 
 def _fill(path: str, parameter: str, value: float) -> Callable[[nn.Module], None]:

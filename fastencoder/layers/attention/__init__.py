@@ -13,6 +13,7 @@ from .position_bias import PositionBias, T5Bias
 from .rope import RoFormerRope, Rope
 from .spatial import SpatialPositions
 from .windowed import Windowed
+from .windows import CosineWindows, DecomposedWindows, ShiftedWindows
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
@@ -22,6 +23,9 @@ KINDS: dict[str, AttentionKind] = {
     "spatial-positions": SpatialPositions("spatial_position_embeddings"),
     "object-queries": SpatialPositions("object_queries"),
     "position-embeddings": SpatialPositions("position_embeddings"),
+    "shifted-windows": ShiftedWindows(),
+    "cosine-windows": CosineWindows(),
+    "decomposed-windows": DecomposedWindows(),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),
