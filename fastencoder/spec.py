@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NormPlacement = Literal["post", "pre"]
+NormPlacement = Literal["post", "pre", "residual"]
 Clamp = Literal["none", "non-finite", "always", "each-block"]
 
 LINEAR_SLOTS = ("query", "key", "value", "qkv", "out", "gate", "up", "down")
@@ -85,7 +85,7 @@ class Adapter:
     """How to read one layer class. Declarative: it computes nothing.
 
     Args:
-        norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`.
+        norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`, "residual" for `x + norm(block(x))`.
         names: where the parts are. Several maps may be given where versions of transformers or configurations differ: the
             first one whose paths all exist in the layer is used. A norm of queries or keys that is an
             `nn.Identity` does not.
@@ -102,6 +102,8 @@ class Adapter:
         gives_back: the arguments of the layer's `forward` that come first among those extra outputs, as they are after the
             call: a kind of attention may make one that was not given (T5's first layer makes the bias of all).
         time_major: True if hidden states arrive as `[S, B, D]`.
+        grid: for layers that take images, how they lie: "channels last" `[B, h, w, D]` or "channels first" `[B, D, h, w]`. The
+            kind of attention finds `(h, w)` as the argument `grid`.
         attention: what attention adds to queries, keys and values: a name of `fastencoder.layers.attention.KINDS`.
         qkv_order: how the rows of a `qkv` projection lie: all queries, then all keys, then all values ("qkv"), or queries, keys
             and values of one head after the other ("heads").
@@ -152,6 +154,7 @@ class Adapter:
     extra_outputs: int | None = None
     gives_back: tuple[str, ...] = ()
     time_major: bool = False
+    grid: Literal["", "channels last", "channels first"] = ""
     attention: str = "plain"
     qkv_order: Literal["qkv", "heads"] = "qkv"
     gated_up: Literal["", "first", "second"] = ""

@@ -21,6 +21,7 @@ from . import (
     t5,
     vision_packed,
     vision_rope,
+    windows,
 )
 
 _FAMILIES = (
@@ -34,6 +35,7 @@ _FAMILIES = (
     t5,
     vision_packed,
     vision_rope,
+    windows,
 )
 
 

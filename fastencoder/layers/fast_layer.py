@@ -140,7 +140,7 @@ class FastLayer(nn.Module):
         mask = KINDS[adapter.attention].mask(mask, others)
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
-        refuse_hidden(hidden, (2, 3) if adapter.offsets else (3,))
+        refuse_hidden(hidden, (2, 3) if adapter.offsets else (4,) if adapter.grid else (3,))
         refuse_mode(self, hidden)
         binding, projections = state.ready(self)
         if state.to_prove:
@@ -162,6 +162,8 @@ class FastLayer(nn.Module):
         adapter = binding.spec.adapter
         if adapter.offsets and (adapter.offsets in others or hidden.dim() == 2):
             return self._run_packed_by_owner(run, adapter, call, hidden, mask, others)
+        if adapter.grid:
+            return self._run_grid(run, binding, call, hidden, mask, others)
         if hidden.is_nested:
             return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
@@ -176,6 +178,17 @@ class FastLayer(nn.Module):
         if carried and self._fastencoder.adapter.time_major:
             shape = (shape[1], shape[0], shape[2])
         trial.prove(self, shape, read_arguments(type(self).original_class, args, kwargs))
+    def _run_grid(
+        self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
+    ) -> Any:
+        """Images `[B, h, w, D]` or `[B, D, h, w]`, in and out."""
+        channels_first = binding.spec.adapter.grid == "channels first"
+        grid = hidden.permute(0, 2, 3, 1) if channels_first else hidden
+        others["grid"] = tuple(grid.shape[1:3])
+        output = self._run_padded(run, binding, call, grid.flatten(1, 2), mask)
+        values = (output[0] if isinstance(output, tuple) else output).view(grid.shape)
+        values = values.permute(0, 3, 1, 2) if channels_first else values
+        return (values, *output[1:]) if isinstance(output, tuple) else values
 
     def _run_padded(self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
         adapter = binding.spec.adapter

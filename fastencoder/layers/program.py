@@ -35,7 +35,7 @@ def run_layer(
     working_dtype = projections.working_dtype(x.shape[0])
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)
-    program = _post_ln if spec.adapter.norm_placement == "post" else _pre_ln
+    program = {"post": _post_ln, "pre": _pre_ln, "residual": _residual_ln}[spec.adapter.norm_placement]
     return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
 
 
@@ -83,6 +83,11 @@ def _pre_ln_wide(call: LayerCall, x: torch.Tensor, dtype: torch.dtype) -> torch.
     x = clamp(x + call.projections.out(mixed), call.spec)
     inner = _inner(call, call.norm("norm2", x)[0].to(dtype))
     return x + call.projections.down(inner.float())
+def _residual_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+    added, _ = call.norm("norm1", call.projections.out(_attention(call, x)))
+    x = x + added
+    added, _ = call.norm("norm2", call.projections.down(_inner(call, x)))
+    return x + added
 
 
 def _attention(call: LayerCall, x: torch.Tensor) -> torch.Tensor:

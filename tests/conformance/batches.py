@@ -59,6 +59,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "tiles": (NONE, SINGLE, FULL),
     "flat_patches": (RIGHT, HOLES, SINGLE, FULL, ONES),
     "feature_map": UNMASKED,
+    "clap_audio": UNMASKED,
+    "painted_image": UNMASKED,
     "flat_map": ALL,
     "log_mel": UNMASKED,
     "seconds": ALL,
@@ -521,3 +523,16 @@ def _waves(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
         if short is not None:
             inputs["padding_mask_videos"] = short.bool()
     return Batch(inputs, None if short is None else short.bool())
+def _clap_audio(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """CLAP: one log-mel spectrogram [batch, 1, frames, bins], which the model folds into a square."""
+    config = model.config
+    frames = config.spec_size * config.spec_size // config.num_mel_bins
+    return Batch({"input_features": torch.randn(_size(pattern), 1, frames, config.num_mel_bins, generator=generator)})
+
+
+def _painted_image(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """SegGPT: an image, an example, and the example's painted mask."""
+    height, width = model.config.image_size
+    shape = (_size(pattern), 3, height // 2, width)
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return Batch({name: torch.randn(shape, generator=generator) for name in names})

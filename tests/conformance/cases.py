@@ -11,6 +11,7 @@ from . import (
     cases_pre_ln_vision,
     cases_rope,
     cases_vision,
+    cases_windows,
 )
 from .case import Case
 
@@ -23,6 +24,7 @@ _FILES = (
     cases_pre_ln_vision,
     cases_rope,
     cases_vision,
+    cases_windows,
 )
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 BY_ID: dict[str, Case] = {case.id: case for case in CASES}

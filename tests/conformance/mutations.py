@@ -17,6 +17,8 @@ Mutation = tuple[str, Callable[[nn.Module], None]]
 _KEY = ("key", "k_proj", "k_lin", "k", "key_proj", "pos_key_proj")
 _KEY_NORM = ("k_norm",)  # whose bias is one of the keys
 _SCALE = ("scaling", "scale")
+_POSITIONS = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w", "logit_scale")
+_CALLED = "continuous_position_bias_mlp"  # the fast layer calls it whole
 _ROTARY = ("RotaryEmbedding", "RoFormerSinusoidalPositionalEmbedding")
 _FLAGS = ("global_attention", "window")  # whether a layer attends inside the image or inside windows of it
 
@@ -48,6 +50,8 @@ def _named(model: nn.Module, layers: list[nn.Module]) -> Iterator[tuple[str, nn.
 def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
     for inner, module in layer.named_modules():
         path = f"{name}.{inner}" if inner else name
+        if _CALLED in inner:
+            continue
         if isinstance(module, nn.Linear) and module.bias is not None and inner.split(".")[-1] not in _KEY:
             yield f"{path}.bias", _fill(path, "bias", 0.0)
         if weights.is_norm(module):
@@ -57,7 +61,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             if getattr(module, "bias", None) is not None and inner.split(".")[-1] not in _KEY_NORM:
                 yield f"{path}.bias", _fill(path, "bias", 0.0)
         for attribute in _SCALE:
-            unread = getattr(module, "fused_attn", False)  # timm's attention, where torch's function takes its own scale
+            # Where torch's function takes its own scale: timm's attention, and some of SAM's.
+            unread = getattr(module, "fused_attn", False) or type(module).__name__.endswith("SdpaAttention")
             if isinstance(getattr(module, attribute, None), float) and not unread:
                 yield f"{path}.{attribute}", _attribute(path, attribute, 0.25 if getattr(module, attribute) == 1.0 else 1.0)
         if isinstance(module, nn.Embedding):  # a table of biases by distance
@@ -66,6 +71,8 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[Mutation]:
             if any(part in parameter for part in weights.LAYER_SCALES):
                 nothing = 20.0 if "gate" in parameter else 0.0 if hasattr(module, "unit_offset") else 1.0  # tanh(20) = 1
                 yield f"{path}.{parameter}", _fill(path, parameter, nothing)
+            if parameter in _POSITIONS:
+                yield f"{path}.{parameter}", _fill(path, parameter, 0.0)
         if getattr(module, "attn_logit_softcapping", None) is not None:
             yield f"{path}.attn_logit_softcapping", _attribute(path, "attn_logit_softcapping", None)
         for attribute in _FLAGS:

@@ -104,6 +104,8 @@ def test_hidden_states(case: Case) -> None:
 def test_attentions_in_eager_mode(case: Case) -> None:
     """Recording attention weights is the original forward's work: equal bit for bit. A plain call is fast again."""
     stock_of(case)
+    if case.options.get("attentions") == "broken":
+        pytest.skip("the stock model itself fails when asked for attentions")
     stock, fast = build(case, attn="eager"), fastencoder.to_fast(build(case, attn="eager"))
     pattern = batches.RIGHT if batches.RIGHT in batches.patterns(case) else batches.NONE
     batch = batches.build(case, stock, pattern)

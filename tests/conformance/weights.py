@@ -135,6 +135,10 @@ def _draw(
     normal = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
     if is_norm(module) or isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
         return NORM_BIAS_STD * normal if name == "bias" else 1.0 + NORM_WEIGHT_STD * normal
+    if name == "relative_position_bias_table":
+        return 1.5 * normal
+    if name == "logit_scale":  # a factor on cosines, as a logarithm: for the last heads more than 100, where it is cut off
+        return torch.linspace(2.0, 5.0, parameter.numel()).view(parameter.shape)
     if "gate" in name:  # its hyperbolic tangent is the scale
         return -0.5 - 0.5 * torch.rand(parameter.shape, generator=generator)
     if any(part in name for part in LAYER_SCALES):

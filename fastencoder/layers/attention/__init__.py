@@ -11,6 +11,7 @@ from .blocks import BlockDiagonalRope
 from .call import LayerCall
 from .dense_bias import GridBias, LayoutBias
 from .disentangled import Disentangled, DisentangledV1
+from .joined_windows import JoinedWindows
 from .kind import AttentionKind
 from .pair_mask import CausalFlag, PairMask
 from .position_bias import PositionBias, T5Bias
@@ -21,7 +22,7 @@ from .spatial import SpatialPositions
 from .vision_rope import ComplexRope, VisionRope
 from .vjepa_rope import VJepaRope
 from .windowed import Windowed
-from .windows import JoinedWindows
+from .windows import CosineWindows, DecomposedWindows, ShiftedWindows
 
 # By the name that adapters give.
 KINDS: dict[str, AttentionKind] = {
@@ -35,6 +36,9 @@ KINDS: dict[str, AttentionKind] = {
     "spatial-positions": SpatialPositions("spatial_position_embeddings"),
     "object-queries": SpatialPositions("object_queries"),
     "position-embeddings": SpatialPositions("position_embeddings"),
+    "shifted-windows": ShiftedWindows(),
+    "cosine-windows": CosineWindows(),
+    "decomposed-windows": DecomposedWindows(),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),

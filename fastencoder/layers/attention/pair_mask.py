@@ -49,7 +49,7 @@ class CausalFlag(AttentionKind):
     def features(self, call: LayerCall) -> dict[str, Any]:
         if not call.arguments.get("is_causal"):
             return {}
-        if call.batch.indices is not None:
+        if call.mask is not None:
             raise Delegated("is_causal beside a mask")
         return {"causal": True}
 
