@@ -234,11 +234,14 @@ def test_a_model_without_weights_is_explained() -> None:
 
 
 def test_decoders_and_cross_attention_are_left_alone() -> None:
-    from transformers import LlamaConfig, LlamaModel, Pop2PianoConfig, Pop2PianoForConditionalGeneration
+    from transformers import DetrConfig, LlamaConfig, LlamaModel, Pop2PianoConfig, Pop2PianoForConditionalGeneration
+    from transformers.models.detr.modeling_detr import DetrDecoder
 
     sizes = dict(vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
     with pytest.raises(fastencoder.NotEligibleError):
         fastencoder.to_fast(LlamaModel(LlamaConfig(**sizes)).eval())
+    with pytest.raises(fastencoder.NotEligibleError):  # its queries attend to one another, and to no other's padding
+        fastencoder.to_fast(DetrDecoder(DetrConfig(d_model=48, decoder_layers=2, decoder_attention_heads=3)).eval())
     config = Pop2PianoConfig(vocab_size=60, d_model=48, d_kv=16, num_layers=2, num_heads=3, d_ff=40, composer_vocab_size=4)
     model = fastencoder.to_fast(Pop2PianoForConditionalGeneration(config).eval())
     converted = [name for name, module in model.named_modules() if isinstance(module, VarlenAttention)]
