@@ -234,18 +234,30 @@ def test_a_model_without_weights_is_explained() -> None:
 
 
 def test_decoders_and_cross_attention_are_left_alone() -> None:
-    from transformers import DetrConfig, LlamaConfig, LlamaModel, Pop2PianoConfig, Pop2PianoForConditionalGeneration
+    from transformers import DetrConfig, DetrModel, LlamaConfig, LlamaModel, ResNetConfig
     from transformers.models.detr.modeling_detr import DetrDecoder
 
     sizes = dict(vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
     with pytest.raises(fastencoder.NotEligibleError):
         fastencoder.to_fast(LlamaModel(LlamaConfig(**sizes)).eval())
-    with pytest.raises(fastencoder.NotEligibleError):  # its queries attend to one another, and to no other's padding
-        fastencoder.to_fast(DetrDecoder(DetrConfig(d_model=48, decoder_layers=2, decoder_attention_heads=3)).eval())
-    config = Pop2PianoConfig(vocab_size=60, d_model=48, d_kv=16, num_layers=2, num_heads=3, d_ff=40, composer_vocab_size=4)
-    model = fastencoder.to_fast(Pop2PianoForConditionalGeneration(config).eval())
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    layers = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=3, decoder_attention_heads=3)
+    more = dict(backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None)
+    config = DetrConfig(d_model=48, num_queries=5, **layers, **more)
+    with pytest.raises(fastencoder.NotEligibleError):  # its queries attend to one another, and never to padding
+        fastencoder.to_fast(DetrDecoder(config).eval())
+    stock = DetrModel(config).eval()
+    model = fastencoder.to_fast(copy.deepcopy(stock))
     converted = [name for name, module in model.named_modules() if isinstance(module, VarlenAttention)]
-    assert converted == [f"encoder.block.{index}.layer.0.SelfAttention" for index in range(2)]
+    assert converted == [f"encoder.layers.{index}.self_attn" for index in range(2)]
+    mask = torch.ones(2, 64, 64, dtype=torch.long)
+    mask[0, :, 40:] = mask[1, 24:] = 0
+    with torch.no_grad():
+        pixels = torch.randn(2, 3, 64, 64)
+        ours = model(pixels, pixel_mask=mask).last_hidden_state
+        theirs = stock(pixels, pixel_mask=mask).last_hidden_state
+    assert measure.error(ours, theirs) <= BAR
+    assert counts(model) == (2, 0)
 
 
 # ---- compiled
