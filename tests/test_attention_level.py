@@ -313,6 +313,18 @@ def test_full_batches_run_varlen_on_a_gpu(package: str, monkeypatch: pytest.Monk
     assert counts(model) == ((0, case.modules) if package == "parakeet" else (case.modules, 0)), reasons(model)
 
 
+def test_weights_are_only_left_out_where_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sdpa never answers with weights; eager always does, and only layers that were read are known not to use them."""
+    monkeypatch.setattr(interface, "on_gpu", lambda device: True)
+    for package, runs in (("mobilebert", True), ("wav2vec2_conformer", False)):
+        case = case_of(package)
+        model = case.build()
+        model.config._attn_implementation_internal = "eager"
+        fastencoder.to_fast(model)
+        case.run(model, case.batch(model, batches.mask(batches.ONES, case.mask_size)))
+        assert counts(model) == ((case.modules, 0) if runs else (0, case.modules)), reasons(model)
+
+
 @pytest.mark.parametrize(("name", "heads"), [("sdpa", 4), ("eager", 4), ("sdpa", 2)])
 @pytest.mark.parametrize("causal", [None, False, True])
 def test_the_function_itself(name: str, heads: int, causal: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
