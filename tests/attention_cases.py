@@ -126,15 +126,6 @@ def _blip2_queries(model: Any, mask: torch.Tensor, generator: torch.Generator) -
     }
 
 
-def _pixels_with_mask(model: Any, mask: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
-    shape = (*mask.shape, 48)
-    return {
-        "inputs_embeds": torch.randn(shape, generator=generator),
-        "attention_mask": mask,
-        "spatial_position_embeddings": torch.randn(shape, generator=generator),
-    }
-
-
 def _frames(width: int, mask_name: str = "attention_mask") -> Callable[..., dict[str, Any]]:
     def build(model: Any, mask: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
         features = torch.randn(*mask.shape, width, generator=generator)
@@ -224,13 +215,6 @@ CASES = [
         real=_queries_are_real,
     ),
     AttentionCase("blip_2", "Blip2QFormerModel", "Blip2QFormerConfig", _QFORMER, _blip2_queries),
-    AttentionCase(
-        "detr",
-        "DetrEncoder",
-        "DetrConfig",
-        dict(d_model=48, encoder_layers=3, encoder_attention_heads=3, encoder_ffn_dim=40),
-        _pixels_with_mask,
-    ),
     AttentionCase(
         "dia",
         "DiaEncoder",

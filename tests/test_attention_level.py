@@ -148,7 +148,7 @@ def test_a_lost_mask_would_show(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.parametrize("package", ["mobilebert", "detr", "dia"])
+@pytest.mark.parametrize("package", ["mobilebert", "xmod", "dia"])
 def test_the_name_never_loses_a_padding_mask(package: str, converted: bool) -> None:
     """transformers drops the mask of a name that it knows no mask function for."""
     case = case_of(package)
@@ -196,7 +196,7 @@ def test_a_choice_of_the_user_is_left_as_it_is() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("package", ["mobilebert", "detr", "wav2vec2_bert", "seamless_m4t"])
+@pytest.mark.parametrize("package", ["mobilebert", "xmod", "wav2vec2_bert", "seamless_m4t"])
 def test_attentions_are_those_of_the_original(package: str) -> None:
     case = case_of(package)
     stock = case.build()

@@ -1,6 +1,6 @@
 """Varlen classes: for each attention class a subclass that can be found again by name, as pickle and deepcopy need.
 
-As in `fastencoder.layers.classes`: `transformers/models/detr/modeling_detr:DetrSelfAttention` is an attribute of this module,
+As in `fastencoder.layers.classes`: `transformers/models/dia/modeling_dia:DiaSelfAttention` is an attribute of this module,
 made when it is first asked for, also by a process that unpickles a converted model.
 """
 

@@ -20,7 +20,6 @@ KEEPS_PADDING_APART = frozenset(
     f"{_PACKAGE}{name}"
     for name in (
         "blip_2.modeling_blip_2.Blip2QFormerLayer",
-        "detr.modeling_detr.DetrEncoderLayer",
         "dia.modeling_dia.DiaEncoderLayer",
         "fun_asr_nano.modeling_fun_asr_nano.FunAsrNanoEncoderLayer",
         "instructblip.modeling_instructblip.InstructBlipQFormerLayer",
@@ -28,9 +27,7 @@ KEEPS_PADDING_APART = frozenset(
         "lasr.modeling_lasr.LasrEncoderBlock",
         "mobilebert.modeling_mobilebert.MobileBertLayer",
         "seamless_m4t.modeling_seamless_m4t.SeamlessM4TConformerEncoderLayer",
-        "seamless_m4t.modeling_seamless_m4t.SeamlessM4TEncoderLayer",
         "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2ConformerEncoderLayer",
-        "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2EncoderLayer",
         "wav2vec2_bert.modeling_wav2vec2_bert.Wav2Vec2BertEncoderLayer",
         "xmod.modeling_xmod.XmodLayer",
     )
