@@ -234,15 +234,33 @@ def test_a_model_without_weights_is_explained() -> None:
 
 
 def test_decoders_and_cross_attention_are_left_alone() -> None:
-    from transformers import LlamaConfig, LlamaModel, Pop2PianoConfig, Pop2PianoForConditionalGeneration
+    from transformers import DetrConfig, DiaConfig, DiaModel, LlamaConfig, LlamaModel
+    from transformers.models.detr.modeling_detr import DetrDecoder
 
     sizes = dict(vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
     with pytest.raises(fastencoder.NotEligibleError):
         fastencoder.to_fast(LlamaModel(LlamaConfig(**sizes)).eval())
-    config = Pop2PianoConfig(vocab_size=60, d_model=48, d_kv=16, num_layers=2, num_heads=3, d_ff=40, composer_vocab_size=4)
-    model = fastencoder.to_fast(Pop2PianoForConditionalGeneration(config).eval())
+    with pytest.raises(fastencoder.NotEligibleError):  # its queries attend to one another, and never to padding
+        fastencoder.to_fast(DetrDecoder(DetrConfig(d_model=48, decoder_layers=2, decoder_attention_heads=3)).eval())
+    heads = dict(num_key_value_heads=3, head_dim=16)
+    crossing = dict(cross_num_attention_heads=3, cross_num_key_value_heads=3, cross_head_dim=16, cross_hidden_size=48)
+    special = dict(pad_token_id=57, eos_token_id=58, bos_token_id=59)
+    config = DiaConfig(
+        encoder_config=dict(**sizes, **heads),
+        decoder_config=dict(**sizes, **heads, **crossing, **special, num_channels=2),
+        delay_pattern=[0, 1],
+        **special,
+    )
+    stock = DiaModel(config).eval()
+    model = fastencoder.to_fast(copy.deepcopy(stock))
     converted = [name for name, module in model.named_modules() if isinstance(module, VarlenAttention)]
-    assert converted == [f"encoder.block.{index}.layer.0.SelfAttention" for index in range(2)]
+    assert converted == [f"encoder.layers.{index}.self_attention" for index in range(2)]
+    batch = dict(input_ids=torch.randint(5, 50, MASK.shape), attention_mask=MASK)
+    batch["decoder_input_ids"] = torch.randint(5, 50, (len(MASK), 4, 2))
+    with torch.no_grad():
+        ours, theirs = model(**batch).last_hidden_state, stock(**batch).last_hidden_state
+    assert measure.error(ours, theirs) <= BAR
+    assert counts(model) == (2, 0)
 
 
 # ---- compiled

@@ -1,6 +1,6 @@
 """Varlen classes: for each attention class a subclass that can be found again by name, as pickle and deepcopy need.
 
-As in `fastencoder.layers.classes`: `transformers/models/detr/modeling_detr:DetrSelfAttention` is an attribute of this module,
+As in `fastencoder.layers.classes`: `transformers/models/dia/modeling_dia:DiaSelfAttention` is an attribute of this module,
 made when it is first asked for, also by a process that unpickles a converted model.
 """
 
@@ -22,7 +22,8 @@ def varlen_class(original_class: type[nn.Module]) -> type[VarlenAttention]:
     if original_class in _made:
         return _made[original_class]
     register_functions()
-    varlen = type(f"Varlen{original_class.__name__}", (VarlenAttention, original_class), {"original_class": original_class})
+    bases = (VarlenAttention, original_class)
+    varlen = type(f"Varlen{original_class.__name__}", bases, {"original_class": original_class})
     varlen.__module__ = __name__
     varlen.__qualname__ = f"{original_class.__module__}:{original_class.__qualname__}".replace(".", "/")
     varlen.__doc__ = f"`{original_class.__qualname__}`, whose attention skips padding."

@@ -208,6 +208,8 @@ def _batch(
             if rows.shape[0] != 1 or bias is not None:
                 raise Delegated("cu_seq_lens_q is given and the queries are not [1, H, T, d], or they have a bias")
             return PackedBatch.from_offsets(rows[0], offsets, kwargs.get("max_length_q"))
+        if name == "eager" and state is not None and state.padding_is_read is not None:
+            raise Delegated("eager attention answers with weights too, and what this layer does with them is not known")
         batch = PackedBatch.geometry(rows, None)
     else:
         if state is None or state.padding_is_read is not None:

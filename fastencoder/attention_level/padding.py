@@ -20,19 +20,14 @@ KEEPS_PADDING_APART = frozenset(
     f"{_PACKAGE}{name}"
     for name in (
         "blip_2.modeling_blip_2.Blip2QFormerLayer",
-        "detr.modeling_detr.DetrEncoderLayer",
         "dia.modeling_dia.DiaEncoderLayer",
         "fun_asr_nano.modeling_fun_asr_nano.FunAsrNanoEncoderLayer",
         "instructblip.modeling_instructblip.InstructBlipQFormerLayer",
         "instructblipvideo.modeling_instructblipvideo.InstructBlipVideoQFormerLayer",
         "lasr.modeling_lasr.LasrEncoderBlock",
         "mobilebert.modeling_mobilebert.MobileBertLayer",
-        "pop2piano.modeling_pop2piano.Pop2PianoBlock",
         "seamless_m4t.modeling_seamless_m4t.SeamlessM4TConformerEncoderLayer",
-        "seamless_m4t.modeling_seamless_m4t.SeamlessM4TEncoderLayer",
         "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2ConformerEncoderLayer",
-        "seamless_m4t_v2.modeling_seamless_m4t_v2.SeamlessM4Tv2EncoderLayer",
-        "udop.modeling_udop.UdopBlock",
         "wav2vec2_bert.modeling_wav2vec2_bert.Wav2Vec2BertEncoderLayer",
         "xmod.modeling_xmod.XmodLayer",
     )
