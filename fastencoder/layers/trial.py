@@ -22,7 +22,7 @@ from torch import nn
 from ..packing import NotAPaddingMask
 from . import attention
 from .arguments import first_parameter
-from .deferred import Deferred, DistanceBias, restored
+from .deferred import Deferred, DistanceBias, PaddingMask, restored
 from .guards import WITHOUT_EFFECT, Delegated
 
 TOLERANCE = 1e-4  # relative error of a token; fp32 rounding is a hundredth of it
@@ -120,11 +120,13 @@ def _tokens(mask: Any, shape: tuple[int, ...], adapter: Any) -> torch.Tensor | N
     if mask is None:
         return None
     batch, seqlen = (shape[1], shape[0]) if adapter.time_major else shape[:2]
+    kind = attention.KINDS[adapter.attention]
+    mask = kind.mask(_on_cpu(mask, 0, None), {})  # what is more than a mask in it is read again where the layer runs
     if type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
     nothing = torch.empty(batch, seqlen, 0, device="cpu")
     try:
-        packed = attention.KINDS[adapter.attention].geometry(nothing, mask.detach().cpu(), adapter.mask_marks)
+        packed = kind.geometry(nothing, mask, adapter.mask_marks)
     except NotAPaddingMask as error:
         raise Delegated(f"only key padding is fused, and this is {error}") from None
     tokens = torch.full((batch * seqlen,), packed.indices is None, device="cpu")
@@ -264,9 +266,13 @@ def _on_cpu(value: Any, batch: int, rows: torch.Tensor | None) -> Any:
         value = value.detach()
         value = value.to("cpu", torch.float32) if value.is_floating_point() else value.to("cpu")
         return value[rows] if rows is not None and value.dim() > 1 and value.shape[0] == batch else value.clone()
-    if isinstance(value, DistanceBias):  # the fused form reads its table, the original forward what it stands for
+    if isinstance(value, Deferred):  # the fused form reads what it is made from, the original forward what it stands for
         made = _on_cpu(value.restore(), batch, rows)
-        return DistanceBias(lambda: made, _on_cpu(value.table, 0, None))
+        if isinstance(value, DistanceBias):
+            return DistanceBias(lambda: made, _on_cpu(value.table, 0, None))
+        if isinstance(value, PaddingMask):
+            return PaddingMask(lambda: made, _on_cpu(value.tokens, batch, rows))
+        return Deferred(lambda: made)
     if type(value) in (tuple, list):
         return type(value)(_on_cpu(each, batch, rows) for each in value)
     if type(value) is dict:
