@@ -21,6 +21,7 @@ NORM_SLOTS = (
     "output_norm2",
     "query_norm",
     "key_norm",
+    "value_norm",
     "mixed_norm",
     "inner_norm",
 )
@@ -38,8 +39,8 @@ class NameMap:
 
     `norm1` belongs to the attention block and `norm2` to the feed-forward block, whether they come before (pre-LN) or
     after (post-LN) their block. `output_norm1` and `output_norm2` normalise what a block adds to the residual stream
-    ("sandwich"), `query_norm` and `key_norm` queries and keys, `mixed_norm` what comes into the attention's output
-    projection, `inner_norm` what comes into `down`. `scale1` and `scale2` are the parameters of LayerScale
+    ("sandwich"), `query_norm`, `key_norm` and `value_norm` queries, keys and values, `mixed_norm` what comes into the
+    attention's output projection, `inner_norm` what comes into `down`. `scale1` and `scale2` are the parameters of LayerScale
     (https://arxiv.org/abs/2103.17239).
     """
 
@@ -59,6 +60,7 @@ class NameMap:
     output_norm2: str = ""
     query_norm: str = ""
     key_norm: str = ""
+    value_norm: str = ""
     mixed_norm: str = ""
     inner_norm: str = ""
     scale1: str | None = None
@@ -69,11 +71,13 @@ class NameMap:
     kv_heads: str = ""
     head_dim: str = ""
     scaling: str | None = None
+    # Path of the attention module, where the query projection is not one of its attributes.
+    attention_module: str = ""
 
     @property
     def attention(self) -> str:
-        """Path of the module that owns the query projection."""
-        return (self.query or self.qkv).rpartition(".")[0]
+        """Path of the module that attends, which owns the query projection."""
+        return self.attention_module or (self.query or self.qkv).rpartition(".")[0]
 
     def given(self, slots: tuple[str, ...]) -> dict[str, str]:
         """The paths of those of `slots` that the layer has, by slot."""

@@ -36,7 +36,8 @@ def run_layer(
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)
     program = {"post": _post_ln, "pre": _pre_ln, "residual": _residual_ln}[spec.adapter.norm_placement]
-    return clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
+    output = clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
+    return KINDS[spec.adapter.attention].finish(call, output)
 
 
 def _post_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,10 @@ def build_config(case: Case) -> Any:
         config_class = _lookup(case.module_name.replace(".modeling_", ".configuration_"), case.config_class)
     else:
         config_class = model_class.config_class
-    return config_class(**case.config)
+    try:
+        return config_class(**case.config)
+    except ModuleNotFoundError as error:  # a part of the model needs a package
+        raise Absent(str(error)) from None
 
 
 def build(case: Case, seed: int = 0, attn: str | None = None, sharp: bool = True) -> nn.Module:

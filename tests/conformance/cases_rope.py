@@ -1,4 +1,4 @@
-"""Rows of the families with rotary position embedding."""
+"""Rows of the families with rotary position embedding, and of Gemma's encoders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def video_tower() -> Any:
 def flat(package: str, layer: str, model: str, placement: str = "pre", **other: Any) -> Case:
     """The layers are the model's own, without an encoder module around them."""
     config = merge(LLAMA, other.pop("config", {}))
-    return Case(package, layer, model, "layers", other.pop("inputs", "text"), placement, config, **other)
+    stack = other.pop("stack", "layers")
+    return Case(package, layer, model, stack, other.pop("inputs", "text"), placement, config, **other)
 
 
 CASES: list[Case] = [
@@ -133,7 +134,7 @@ CASES: list[Case] = [
         config={"pad_token_id": 1, "mask_token_id": 4},
     ),
     flat("esmc", "EsmcLayer", "EsmcModel", config={"num_attention_heads": 6, "num_key_value_heads": 6}),
-    flat("dia", "DiaEncoderLayer", "DiaEncoder"),
+    flat("dia", "DiaEncoderLayer", "DiaEncoder", config_class="DiaEncoderConfig"),
     flat(
         "moonshine",
         "MoonshineEncoderLayer",
@@ -211,5 +212,59 @@ CASES: list[Case] = [
             "audio_config": {**LLAMA, "num_hidden_layers": 0, "dac_config": DAC},
             "video_config": video_tower(),
         },
+    ),
+    flat(
+        "t5gemma",
+        "T5GemmaEncoderLayer",
+        "T5GemmaEncoder",
+        config_class="T5GemmaModuleConfig",
+        config={
+            **WINDOWED,
+            "sliding_window": 2,
+            "attn_logit_softcapping": 0.8,
+            "query_pre_attn_scalar": 7,
+            "dropout_rate": 0.0,
+            "attn_implementation": "eager",
+        },
+        options={"quiet": ("embed_tokens",)},
+        eager_only=True,
+        no_double="float64's minimum in the mask is -inf in the softmax, which is float32: NaN where a query sees no key",
+    ),
+    flat(
+        "t5gemma2",
+        "T5Gemma2EncoderLayer",
+        "T5Gemma2TextEncoder",
+        config={
+            **WINDOWED,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 7,
+            "dropout_rate": 0.0,
+            "rope_parameters": ROPES,
+        },
+        options={"quiet": ("embed_tokens",)},
+    ),
+    flat(
+        "embedding_gemma2",
+        "EmbeddingGemma2EncoderLayer",
+        "EmbeddingGemma2TextModel",
+        config={
+            **WINDOWED,
+            "sliding_window": 2,
+            "rope_parameters": ROPES,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 14,
+            "embedding_dim": 22,
+        },
+        options={"quiet": ("embed_tokens",)},
+    ),
+    flat(
+        "gemma4",
+        "Gemma4VisionEncoderLayer",
+        "Gemma4VisionModel",
+        stack="encoder.layers",
+        inputs="placed_patches",
+        config={"head_dim": 12, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 8},
+        options={"quiet": ("patch_embedder",)},
     ),
 ]

@@ -14,9 +14,10 @@ from .disentangled import Disentangled, DisentangledV1
 from .joined_windows import JoinedWindows
 from .kind import AttentionKind
 from .pair_mask import CausalFlag, PairMask
+from .per_layer_input import PerLayerInput
 from .position_bias import PositionBias, T5Bias
 from .query_bias import BoxBias, DistanceKeys, GatedBias
-from .rope import RoFormerRope, Rope
+from .rope import AxialRope, RoFormerRope, Rope
 from .softcap import Softcap
 from .spatial import SpatialPositions
 from .vision_rope import ComplexRope, VisionRope
@@ -57,6 +58,9 @@ KINDS: dict[str, AttentionKind] = {
     "rope-neighbours": Rope(interleaved=True),
     "rope-roformer": RoFormerRope(),
     "rope-windowed": Windowed(Rope()),
+    "rope-windowed-softcap": Windowed(Rope(), Softcap()),
+    "rope-per-layer-input": PerLayerInput(Rope()),
+    "rope-axial": AxialRope(),
     "rope-vision": VisionRope(),
     "rope-vision-interleaved": VisionRope(interleaved=True),
     "rope-vision-prefix": VisionRope(prefix=True),

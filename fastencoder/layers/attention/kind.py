@@ -54,7 +54,13 @@ class AttentionKind:
             q = _normed(call, "query_norm", q)
         if "key_norm" in norms:
             k = _normed(call, "key_norm", k)
+        if "value_norm" in norms:
+            v = _normed(call, "value_norm", v)
         return q, k, v
+
+    def finish(self, call: LayerCall, x: torch.Tensor) -> torch.Tensor:
+        """What the layer does with the output `[T, D]` of its two blocks. May raise Delegated."""
+        return x
 
 
 def with_biases(
@@ -78,7 +84,8 @@ def sequences_of(batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
 
 
 def _normed(call: LayerCall, slot: str, x: torch.Tensor) -> torch.Tensor:
-    """Queries or keys `[T, H, d]`, normalised over each head or over all of them, as wide as the norm's weight is."""
-    width = call.binding.norms[slot].weight.shape[0]
+    """Queries, keys or values `[T, H, d]`, normalised over each head, or over all of them if the norm's weight is as wide."""
+    weight = getattr(call.binding.norms[slot], "weight", None)
+    width = x.shape[2] if weight is None else weight.shape[0]
     normed, _ = call.norm(slot, x.reshape(-1, width))
     return normed.view(x.shape)

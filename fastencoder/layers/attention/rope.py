@@ -74,6 +74,34 @@ class RoFormerRope(Rope):
         return (given, _second_half_of_heads), (given, _first_half_of_heads)
 
 
+class AxialRope(Rope):
+    """Each head has a part for each axis of an image, and pairs (i, i + r / 2) inside of the part; tables `[B, S, d]` likewise.
+
+    The parts of queries and keys change places, so that the first halves of all parts come first.
+    """
+
+    def queries_keys_values(
+        self, call: LayerCall, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = super().queries_keys_values(call, x)
+        position_ids = call.arguments.get("position_ids")
+        if not isinstance(position_ids, torch.Tensor) or position_ids.shape[-1:] != (2,):
+            raise Delegated("position_ids are not two coordinates of each token")
+        return _halves_first(q), _halves_first(k), v
+
+    def tables(self, given: Any) -> Any:
+        return [(table, _one_of_each_pair) for table, _ in super().tables(given)]
+
+
+def _halves_first(x: torch.Tensor) -> torch.Tensor:
+    """`[..., 2 axes, 2 halves, n]`, flat, with halves and axes exchanged."""
+    return x.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
+
+
+def _one_of_each_pair(table: torch.Tensor) -> torch.Tensor:
+    return table.unflatten(-1, (2, 2, -1))[..., 0, :].flatten(-2)
+
+
 def _first_half(table: torch.Tensor) -> torch.Tensor:
     return table[..., : table.shape[-1] // 2]
 

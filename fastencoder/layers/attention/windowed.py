@@ -20,15 +20,15 @@ from .kind import AttentionKind
 
 
 class Windowed(AttentionKind):
-    """Another kind of attention, inside the window that the mask shows.
+    """Other kinds of attention, together, inside the window that the mask shows.
 
     `Adapter.options["window"]` names the attribute of the layer that flash attention is given: None, or one more than the
     distance that a token sees to each side.
     """
 
-    def __init__(self, inner: AttentionKind) -> None:
+    def __init__(self, *inner: AttentionKind) -> None:
         self.inner = inner
-        self.reads = inner.reads
+        self.reads = frozenset().union(*(kind.reads for kind in inner))
 
     def geometry(self, hidden: torch.Tensor, mask: torch.Tensor | None, marks: str) -> PackedBatch:
         if mask is None or not _differs_by_query(mask):
@@ -40,7 +40,10 @@ class Windowed(AttentionKind):
         return PackedBatch.geometry(hidden, mask[:, 0].diagonal(dim1=1, dim2=2)[:, None, None], marks)
 
     def features(self, call: LayerCall) -> dict[str, Any]:
-        return {**self.inner.features(call), **self._window(call)}
+        features = self._window(call)
+        for kind in self.inner:
+            features = {**features, **kind.features(call)}
+        return features
 
     def _window(self, call: LayerCall) -> dict[str, Any]:
         batch, mask = call.batch, call.mask
