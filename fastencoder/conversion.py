@@ -118,13 +118,16 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
         if place is not None and place not in stacks:
             graphs = GraphRunner() if cuda_graphs else None
             owner = modules[place[0]]
-            stacks[place] = (owner, _make_stack(owner, place[1], type(layer), known, graphs))
-        stack = stacks[place][1] if place is not None else None
+            reader = place[0].rpartition(".")[0]
+            may_read = bool(place[0]) and _is_reader(modules[reader], type(layer), adapter)
+            stack = _make_stack(owner, place[1], type(layer), known, graphs, reader if may_read else None)
+            stacks[place] = (owner, stack)
+        own_stack = stacks[place][1] if place is not None else None
         padding_is_read = any(class_name.endswith(adapter.padding_readers) for class_name in class_names)
         if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers):
             # Nobody has looked at the code around these layers.
             padding_is_read = any(isinstance(module, _MIX_POSITIONS) for module in modules.values())
-        plan.append((layer, fast_class(type(layer)), LayerState(adapter, stack, padding_is_read, known.unproven)))
+        plan.append((layer, fast_class(type(layer)), LayerState(adapter, own_stack, padding_is_read, known.unproven)))
     embeddings = [(module, EMBEDDINGS.get(registry.qualified_name(type(module)))) for module in modules.values()]
     plan += [
         (module, fast_class(type(module)), EmbeddingState(adapter)) for module, adapter in embeddings if adapter is not None
@@ -136,7 +139,7 @@ def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bo
             object.__setattr__(module, _STATE[type(state)], state)
         module.__class__ = cls
     for owner, stack in stacks.values():
-        stack.install(owner)
+        stack.install(owner, model)
 
 
 def _swap_attention(model: nn.Module, sites: list[AttentionSite]) -> None:
@@ -164,15 +167,26 @@ def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> t
 
 
 def _make_stack(
-    owner: nn.Module, path: str, layer_class: type, known: fingerprints.Known, graphs: GraphRunner | None
+    owner: nn.Module,
+    path: str,
+    layer_class: type,
+    known: fingerprints.Known,
+    graphs: GraphRunner | None,
+    reader: str | None,
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
     own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
     adapter = known.adapter
     works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
-    own_loop &= not (adapter.keeps_hidden_states or works_between)
+    own_loop &= not ((adapter.keeps_hidden_states and reader is None) or works_between)
     may_carry = own_loop and fingerprints.has_known_loop(type(owner), known)
-    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs)
+    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs, reader)
+
+
+def _is_reader(module: nn.Module, layer_class: type, adapter: Adapter) -> bool:
+    """Whether a module, the parent of layers' owner, is the one reader of what the owner's loop keeps."""
+    cls = type(module)
+    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and "forward" not in vars(module)
 
 
 def reverse(model: Model) -> Model:

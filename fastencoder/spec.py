@@ -139,6 +139,8 @@ class Adapter:
         decoder: why layers of this class are decoders, if they are; they are left alone.
         keeps_hidden_states: True if the loop around the layers keeps every layer's output even when nobody asked, so
             that each layer has to return padded hidden states.
+        kept_for: the class, of the layer's own file, that `keeps_hidden_states` is for: it calls the owner, and unless it is
+            asked for hidden states itself it reads no other than the last ones.
         works_between: an attribute of the owner that, unless it is None, works on hidden states between two layers: then each
             layer has to return padded hidden states.
         padding_is_read: True if what follows the layers reads the hidden states at padding, or the path of an attribute of
@@ -182,6 +184,7 @@ class Adapter:
     sources: tuple[str, ...] = ()
     decoder: str | None = None
     keeps_hidden_states: bool = False
+    kept_for: str = ""
     works_between: str = ""
     padding_is_read: bool | str = False
     padding_readers: tuple[str, ...] = ()

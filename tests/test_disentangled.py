@@ -10,6 +10,7 @@ from torch import nn
 
 import fastencoder
 from fastencoder.layers import FastOwner
+from fastencoder.packing import PackedBatch
 from tests.conformance import batches, case, measure
 from tests.conformance.cases import BY_ID
 
@@ -124,3 +125,51 @@ def test_compiled(name: str) -> None:
     finally:
         torch._dynamo.reset()
     assert measure.error(ours[batch.real], theirs[batch.real]) <= measure.FP32_BAR
+
+
+def test_tokens_stay_packed_unless_hidden_states_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop keeps every layer's output; only its model's caller says whether anybody reads it."""
+    taken: list[object] = []
+    original = PackedBatch.take
+    monkeypatch.setattr(PackedBatch, "take", lambda batch, hidden: (taken.append(batch), original(batch, hidden))[1])
+
+    def packed_times(name: str, fast: nn.Module, **more: object) -> int:
+        taken.clear()
+        measure.run(fast, batches.build(BY_ID[name], fast, batches.RIGHT), **more)
+        return len(taken)
+
+    for name in (V2, V1):
+        _, fast = _models(name)
+        layers = len(fast.encoder.layer)
+        assert packed_times(name, fast) == 1
+        assert packed_times(name, fast, output_hidden_states=True) == layers
+        assert packed_times(name, fast, output_hidden_states=False, return_dict=False) == 1
+        fast.config.output_hidden_states = True
+        assert packed_times(name, fast) == packed_times(name, fast, output_hidden_states=None) == layers
+        fast.config.output_hidden_states = False
+        handle = fast.encoder.register_forward_hook(lambda *_: None)
+        assert packed_times(name, fast) == layers
+        handle.remove()
+        assert packed_times(name, fast) == 1
+        if name == V2:
+            fast.z_steps = 2
+            with pytest.raises(AttributeError):  # the original appends to a tuple
+                packed_times(name, fast)
+            assert len(taken) == layers
+        hooks = len(fast._forward_pre_hooks)
+        fastencoder.reverse(fast)
+        assert hooks == 1 and not fast._forward_pre_hooks and not fast._forward_hooks and not fast.encoder._forward_hooks
+    _, fast = _models(CONVOLUTION)
+    assert packed_times(CONVOLUTION, fast) == len(fast.encoder.layer)
+
+
+def test_an_encoder_called_by_itself_keeps_padded_hidden_states() -> None:
+    stock, fast = _models(V2)
+    batch = batches.build(BY_ID[V2], stock, batches.RIGHT)
+    hidden = torch.randn(*batch.real.shape, 48, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        theirs = stock.encoder(hidden, batch.inputs["attention_mask"]).hidden_states
+        ours = fast.encoder(hidden, batch.inputs["attention_mask"]).hidden_states
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert measure.error(mine[batch.real], expected[batch.real]) <= measure.FP32_BAR
+    assert all(layer._fastencoder.fast_calls == 1 for layer in fast.encoder.layer)

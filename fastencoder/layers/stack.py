@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,16 +96,25 @@ class Stack:
         may_carry: False if the loop around the layers is not transformers' own or keeps every layer's output: then each
             layer returns padded hidden states.
         graphs: where small batches run as CUDA graphs, if the user asked for it.
+        reader: path from the converted model of the one module that reads what the loop keeps (`spec.Adapter.kept_for`); None
+            if the owner's own argument says whether somebody reads it.
     """
 
     def __init__(
-        self, owner_class: str, path: str, schedule: str, may_carry: bool, graphs: GraphRunner | None = None
+        self,
+        owner_class: str,
+        path: str,
+        schedule: str,
+        may_carry: bool,
+        graphs: GraphRunner | None = None,
+        reader: str | None = None,
     ) -> None:
         self.owner_class = owner_class
         self.path = path
         self.schedule = schedule
         self.may_carry = may_carry
         self.graphs = graphs
+        self.reader = reader
 
     def layers_of(self, owner: nn.Module) -> list[nn.Module]:
         """The layers in call order, as they are now."""
@@ -117,10 +127,14 @@ class Stack:
         groups = [container[int(call / per_group)] for call in range(config.num_hidden_layers)]
         return [layer for group in groups for layer in group.albert_layers]
 
-    def install(self, owner: nn.Module) -> None:
-        """Hooks the owner. `remove` undoes it without trace."""
+    def install(self, owner: nn.Module, model: nn.Module) -> None:
+        """Hooks the owner, and the reader of what it keeps. `remove` undoes it without trace."""
         owner.register_forward_pre_hook(_OpenStack(self), with_kwargs=True)
         owner.register_forward_hook(_CloseStack(self), always_call=True)
+        if self.reader is not None:
+            reader = model.get_submodule(self.reader)
+            reader.register_forward_pre_hook(_OpenReader(self), with_kwargs=True)
+            reader.register_forward_hook(_CloseReader(self), always_call=True)
 
     @staticmethod
     def installed(owner: nn.Module) -> list[Stack]:
@@ -129,12 +143,12 @@ class Stack:
 
     @staticmethod
     def remove(owner: nn.Module) -> None:
-        """Takes every stack's hooks off the owner, also off a copy of a hooked owner."""
+        """Takes every stack's hooks off an owner or a reader, also off a copy of a hooked one."""
         for hooks, companions in (
             (owner._forward_pre_hooks, (owner._forward_pre_hooks_with_kwargs,)),
             (owner._forward_hooks, (owner._forward_hooks_with_kwargs, owner._forward_hooks_always_called)),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _OpenStack | _CloseStack)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
                 del hooks[key]
                 for companion in companions:
                     companion.pop(key, None)
@@ -145,6 +159,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.calls: dict[int, list[StackCall]] = {}
+        self.read: dict[int, bool] = {}  # by stack: whether what its loop keeps is read
 
 
 _local = _Local()
@@ -172,6 +187,9 @@ class _OpenStack:
     def __call__(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
         wanted = (_argument(owner, args, kwargs, f"output_{what}") for what in ("hidden_states", "attentions"))
         call = StackCall(self.stack.layers_of(owner), *wanted)
+        if self.stack.reader is not None:
+            looked_at = any(not isinstance(hook, _CloseStack) for hook in owner._forward_hooks.values())
+            call.wants_hidden_states = looked_at or _local.read.get(id(self.stack), True)
         _local.calls.setdefault(id(self.stack), []).append(call)
 
 
@@ -196,14 +214,46 @@ class _CloseStack:
             )
 
 
+class _OpenReader:
+    """Forward pre-hook of a stack's reader."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __call__(self, reader: nn.Module, args: tuple, kwargs: dict) -> None:
+        asked = _value(reader, args, kwargs, "output_hidden_states")
+        if asked is None:
+            asked = reader.config.output_hidden_states
+        repeats_layers = getattr(reader, "z_steps", 0) > 1  # DeBERTa's masked decoder, on the hidden states before the last
+        _local.read[id(self.stack)] = bool(asked) or repeats_layers
+
+
+class _CloseReader:
+    """Forward hook of a stack's reader, called after an exception too."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __call__(self, reader: nn.Module, args: tuple, output: object) -> None:
+        _local.read.pop(id(self.stack), None)
+
+
+_HOOKS = (_OpenStack, _CloseStack, _OpenReader, _CloseReader)
+
+
 def _argument(owner: nn.Module, args: tuple, kwargs: dict, name: str) -> bool:
     """Whether an optional flag of the owner's forward is set, given by name or by position."""
+    return bool(_value(owner, args, kwargs, name))
+
+
+def _value(owner: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
+    """An argument of the owner's forward, given by name or by position; None if it is not given."""
     if name in kwargs:
-        return bool(kwargs[name])
+        return kwargs[name]
     if not args:
-        return False
+        return None
     parameters = _parameters(type(owner))
-    return name in parameters and parameters.index(name) < len(args) and bool(args[parameters.index(name)])
+    return args[parameters.index(name)] if name in parameters and parameters.index(name) < len(args) else None
 
 
 def constant_in_graphs(function: Callable) -> Callable:
