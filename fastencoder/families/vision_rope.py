@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..spec import Adapter, NameMap
-from .pre_ln import CLIP_NAMES
+from .pre_ln import CLIP_NAMES, VIT_NAMES
 
 DINOV3_NAMES = NameMap(
     query="attention.q_proj",
@@ -52,6 +52,7 @@ LLAMA4_NAMES = replace(
 STEP3_NAMES = replace(
     CLIP_NAMES, norm1="layernorm_before", norm2="layernorm_after", scale1="lambda_1", scale2="lambda_2"
 )
+SAM3_NAMES = replace(VIT_NAMES, norm1="layer_norm1", norm2="layer_norm2")
 VJEPA2_NAMES = NameMap(
     query="attention.query",
     key="attention.key",
@@ -99,6 +100,22 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
         Adapter("pre", (STEP3_NAMES,), attention="rope-vision", label=LABEL),
         {"step3p7.modeling_step3p7.Step3p7VisionEncoderLayer": "step3p7 step3p5_vision"},
+    ),
+    (
+        Adapter(
+            "pre",
+            (SAM3_NAMES,),
+            grid="channels last",
+            attention="rope-vision-windows",
+            extra_parameters=("rotary_emb", "position_ids"),
+            keeps_hidden_states=True,
+            label=LABEL,
+        ),
+        {
+            "sam3.modeling_sam3.Sam3ViTLayer": (
+                "sam3 sam3_lite_text sam3_tracker sam3_tracker_video sam3_video sam3_vision_model sam3_vit_model"
+            )
+        },
     ),
     (
         Adapter("pre", (VJEPA2_NAMES,), attention="rope-vjepa", extra_outputs=1, label=LABEL),

@@ -294,6 +294,14 @@ ROTATING: list[Case] = [
         inputs="annealed",
         config={"num_hidden_layers": 3, "num_blocks": 1, "num_queries": 5, "num_register_tokens": 2},
     ),
+    vit(
+        "sam3",
+        "Sam3ViTLayer",
+        "Sam3ViTModel",
+        "layers",
+        # 7 by 7 patches in windows of 3, which are filled up; then all of the image
+        config={"image_size": 28, "window_size": 3, "global_attn_indexes": [1], "pretrain_image_size": 16},
+    ),
     vit("mlcd", "MLCDEncoderLayer", "MLCDVisionModel", "encoder.layers/vision_model.encoder.layers"),
     vit(
         "step3p7",

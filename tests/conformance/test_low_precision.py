@@ -32,6 +32,9 @@ NAMED = (
     "deberta.DebertaLayer",
     "beit.BeitLayer",
     "wavlm.WavLMEncoderLayer",
+    "qwen2_5_vl.Qwen2_5_VLVisionBlock",
+    "dinov3_vit.DINOv3ViTLayer",
+    "vjepa2.VJEPA2Layer",
 )
 
 

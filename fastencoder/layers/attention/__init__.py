@@ -20,6 +20,7 @@ from .query_bias import BoxBias, DistanceKeys, GatedBias
 from .rope import AxialRope, RoFormerRope, Rope
 from .softcap import Softcap
 from .spatial import SpatialPositions
+from .turned_windows import TurnedWindows
 from .vision_rope import ComplexRope, VisionRope
 from .vjepa_rope import VJepaRope
 from .windowed import Windowed
@@ -67,6 +68,7 @@ KINDS: dict[str, AttentionKind] = {
     "rope-vision-blocks": BlockDiagonalRope(),
     "rope-complex": ComplexRope(),
     "rope-vjepa": VJepaRope(),
+    "rope-vision-windows": TurnedWindows(),
 }
 
 __all__ = ["KINDS", "AttentionKind", "LayerCall"]
