@@ -71,7 +71,7 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
         return adapter.decoder
     if getattr(layer, "is_decoder", False):
         return "it is a decoder layer (is_decoder=True): causal attention and a cache are not an encoder's"
-    if hasattr(layer, "crossattention"):
+    if hasattr(layer, "crossattention") and "crossattention" not in adapter.extra_parameters:
         return "it has cross-attention"
     for path, expected in adapter.requires.items():
         if lookup(layer, path) != expected:

@@ -43,6 +43,10 @@ def run_layer(
 def _post_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     mixed = _attention(call, x)
     x, _ = _project_add_norm(call, call.projections.out, mixed, x, "norm1", keep_sum=False)
+    return KINDS[call.spec.adapter.attention].after(call, x, _post_ln_feed_forward)
+
+
+def _post_ln_feed_forward(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     if call.binding.feed_forward is not None:
         x, _ = call.norm("norm2", _whole_feed_forward(call, x), x, keep_sum=False)
         return x

@@ -58,6 +58,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "patch_rows": UNMASKED,
     "tiles": (NONE, SINGLE, FULL),
     "flat_patches": (RIGHT, HOLES, SINGLE, FULL, ONES),
+    "query_embeds": UNMASKED,
+    "qformer": ALL,
     "feature_map": UNMASKED,
     "clap_audio": UNMASKED,
     "painted_image": UNMASKED,
@@ -479,3 +481,29 @@ def _painted_image(case: Case, model: nn.Module, pattern: str, generator: torch.
     shape = (_size(pattern), 3, height // 2, width)
     names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
     return Batch({name: torch.randn(shape, generator=generator) for name in names})
+
+
+def _query_embeds(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """BLIP-2: five learned queries that look at an image."""
+    config, rows = model.config, _size(pattern)
+    inputs = {
+        "query_embeds": torch.randn(rows, 5, config.hidden_size, generator=generator),
+        "encoder_hidden_states": torch.randn(rows, 9, config.encoder_hidden_size, generator=generator),
+    }
+    return Batch(inputs)
+
+
+def _qformer(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
+    """InstructBLIP: the queries stand before the words of an instruction, and the mask is over both."""
+    batch = _text(case, model, pattern, generator)
+    rows = len(batch.inputs["input_ids"])
+    images = dataclasses.replace(_query_embeds(case, model, NONE, generator), real=None).inputs
+    width = images["query_embeds"].shape[2]
+    batch.inputs["query_embeds"] = torch.randn(rows, 5, width, generator=generator)
+    image = torch.randn(rows, 9, model.config.encoder_hidden_size, generator=generator)
+    batch.inputs["encoder_hidden_states"] = image
+    if batch.real is None:
+        return batch
+    real = torch.cat([torch.ones(rows, 5, dtype=torch.bool), batch.real], dim=1)
+    batch.inputs["attention_mask"] = real.long()
+    return Batch(batch.inputs, real)

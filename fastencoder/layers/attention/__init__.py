@@ -16,6 +16,7 @@ from .kind import AttentionKind
 from .pair_mask import CausalFlag, PairMask
 from .per_layer_input import PerLayerInput
 from .position_bias import PositionBias, T5Bias
+from .qformer import QFormer
 from .query_bias import BoxBias, DistanceKeys, GatedBias
 from .rope import AxialRope, RoFormerRope, Rope
 from .softcap import Softcap
@@ -41,6 +42,7 @@ KINDS: dict[str, AttentionKind] = {
     "shifted-windows": ShiftedWindows(),
     "cosine-windows": CosineWindows(),
     "decomposed-windows": DecomposedWindows(),
+    "q-former": QFormer(),
     "position-bias": PositionBias(),
     "t5": T5Bias(shared=True),
     "t5-own": T5Bias(shared=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from ...kernels import varlen_attention
 from ...packing import PackedBatch
 from .call import LayerCall
+
+FeedForward = Callable[[LayerCall, torch.Tensor], torch.Tensor]  # the block with its residual and norm, on any tokens
 
 
 class AttentionKind:
@@ -43,6 +46,10 @@ class AttentionKind:
         return varlen_attention(
             q, k, v, batch.offsets, batch.max_seqlen, call.binding.scale, tiles=tiles, **features
         ).flatten(1)
+
+    def after(self, call: LayerCall, x: torch.Tensor, feed_forward: FeedForward) -> torch.Tensor:
+        """What a post-LN layer does behind its attention block: `[T, D]` -> `[T, D]`."""
+        return feed_forward(call, x)
 
     def queries_keys_values(
         self, call: LayerCall, x: torch.Tensor
