@@ -57,6 +57,13 @@ def calls(model: nn.Module) -> tuple[int, int]:
     return sum(state.fast_calls for state in states), sum(state.delegated_calls for state in states)
 
 
+def calls_of(case: Case, model: nn.Module) -> tuple[int, int]:
+    """The same for the layers of the row's class alone: a model may have other fast layers."""
+    own = [layer for layer in model.modules() if getattr(layer, "original_class", None) is case.layer_class()]
+    states = [layer._fastencoder for layer in own]
+    return sum(state.fast_calls for state in states), sum(state.delegated_calls for state in states)
+
+
 def reasons(model: nn.Module) -> set[str]:
     """Why layers of this model last ran their original forward."""
     states = [module._fastencoder for module in model.modules() if hasattr(module, "_fastencoder")]

@@ -12,7 +12,7 @@ import fastencoder
 from . import batches, measure
 from .case import DELEGATES, FAST, LEFT_ALONE, REFUSED, UNREGISTERED, Case, build
 from .cases import CASES
-from .fast import calls, layer_calls, models_of, reasons, stock_of
+from .fast import calls, calls_of, layer_calls, models_of, reasons, stock_of
 
 CONVERTED = [case for case in CASES if case.expect in (FAST, DELEGATES)]
 RUN_FAST = [case for case in CASES if case.expect == FAST]
@@ -43,9 +43,9 @@ def test_output_of_every_kind_of_batch(case: Case) -> None:
         batch = batches.build(case, models.stock, pattern)
         exact = measure.reference(case, models.exact, batch)
         stock = measure.run(models.stock, batch)
-        before = calls(models.fast)
+        before = calls_of(case, models.fast)
         fast = measure.run(models.fast, batch)
-        after = calls(models.fast)
+        after = calls_of(case, models.fast)
 
         assert measure.last(case, fast).shape == measure.last(case, stock).shape, pattern
         error = measure.error(measure.last_real(case, fast, batch), measure.last_real(case, exact, batch))
