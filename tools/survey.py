@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,9 @@ def main() -> None:
 
     path, wanted = Path(sys.argv[1]), sys.argv[2:] or sorted(CONFIG_MAPPING_NAMES)
     known = json.loads(path.read_text()) if path.is_file() and sys.argv[2:] else {"models": {}, "not built": {}}
-    for model_type in track(wanted, description="model types"):
-        answer = _within_time(model_type)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        answers = list(track(pool.map(_within_time, wanted), description="model types", total=len(wanted)))
+    for model_type, answer in zip(wanted, answers, strict=True):
         known["models"].pop(model_type, None)
         known["not built"].pop(model_type, None)
         if isinstance(answer, str):

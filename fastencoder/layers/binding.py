@@ -33,6 +33,7 @@ class Binding:
     """A layer's parts by slot, or the reasons why it cannot run fast as it is now.
 
     Attributes:
+        adapter: of the layer's class.
         spec: what to compute, or None; then `reasons` says why, and nothing below is there.
         linears: what is in the linear slots, by slot.
         norms: the norm modules, by slot.
@@ -42,6 +43,7 @@ class Binding:
 
     def __init__(self, layer: nn.Module, layer_class: type[nn.Module], adapter: Adapter) -> None:
         finding = inspect_layer(layer, layer_class, adapter)
+        self.adapter = adapter
         self.spec: LayerSpec | None = finding.spec
         self.reasons = finding.reasons
         self._watched = [

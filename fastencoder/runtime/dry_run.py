@@ -164,10 +164,11 @@ class _Layers:
     def __init__(self, model: nn.Module) -> None:
         found: dict[Hashable, Binding] = {}
         for row, layer in survey(model):
-            if row.status in ("eligible", "fast"):
+            if row.status in ("eligible", "fast") and row.level == "layer":
                 found.setdefault(_form(layer), _without_storage(layer))
         if not found:
             raise ValueError(f"{type(model).__name__} has no layer that can be fast")
+        _check_foreseeable(list(found.values()))
         self._parts: list[tuple[Binding, Projections]] = []
         for binding in found.values():
             with _dispatch.implementation("cuda"):  # the weights are laid out for the device that they run on
@@ -191,6 +192,19 @@ class _Layers:
                     for mask in _masks(shape.sequences, seqlen, projections.dtype):
                         PackedBatch.geometry(_hidden(binding, projections, shape, seqlen), mask, _marks(binding))
         return {key_of(launch): launch for launch in launches}
+
+
+def _check_foreseeable(bindings: list[Binding]) -> None:
+    """Raises ValueError where the launches of a layer depend on more than the shape of the batch."""
+    for binding in bindings:
+        adapter = binding.adapter
+        opaque = binding.spec is not None and binding.spec.opaque
+        if adapter.attention != "plain" or adapter.offsets or adapter.grid or opaque:
+            what = "it holds parts that are called as they are" if opaque else "its attention takes more than the shape says"
+            raise ValueError(
+                f"what a layer of {adapter.family} launches cannot be foreseen: {what}. Its kernels compile when they are "
+                "first called; fastencoder.warmup does that ahead of traffic"
+            )
 
 
 class _Device(TorchFunctionMode):
