@@ -34,9 +34,7 @@ RESNET = ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8], depths
 def video_tower() -> Any:
     """A config without layers of its own; None where its default tower cannot be imported, and the models neither."""
     try:
-        return AutoConfig.for_model(
-            "pe_video_encoder", **{**LLAMA, "num_hidden_layers": 0, "vision_config": RESNET}
-        )
+        return AutoConfig.for_model("pe_video_encoder", **{**LLAMA, "num_hidden_layers": 0, "vision_config": RESNET})
     except ModuleNotFoundError:
         return None
 
