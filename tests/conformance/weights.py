@@ -64,6 +64,9 @@ def sharpen(model: nn.Module, seed: int = 0) -> None:
                 continue
             seen.add(id(parameter))
             parameter.copy_(_draw(module_name.rsplit(".", 1)[-1], module, name, parameter, generator))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
 
 
 @torch.no_grad()
