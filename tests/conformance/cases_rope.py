@@ -19,7 +19,8 @@ LLAMA = {
     "pad_token_id": 0,
 }
 LAYER_TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-WINDOWED = {"num_hidden_layers": 4, "layer_types": LAYER_TYPES}
+WINDOWED = {"num_hidden_layers": 3, "layer_types": LAYER_TYPES[1:]}
+SHORT = {"num_hidden_layers": 2, "layer_types": LAYER_TYPES[2:]}
 ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 100.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -33,9 +34,7 @@ RESNET = ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8], depths
 def video_tower() -> Any:
     """A config without layers of its own; None where its default tower cannot be imported, and the models neither."""
     try:
-        return AutoConfig.for_model(
-            "pe_video_encoder", **{**LLAMA, "num_hidden_layers": 0, "vision_config": RESNET}
-        )
+        return AutoConfig.for_model("pe_video_encoder", **{**LLAMA, "num_hidden_layers": 0, "vision_config": RESNET})
     except ModuleNotFoundError:
         return None
 
@@ -219,10 +218,11 @@ CASES: list[Case] = [
         "T5GemmaEncoder",
         config_class="T5GemmaModuleConfig",
         config={
-            **WINDOWED,
+            **SHORT,
             "sliding_window": 2,
-            "attn_logit_softcapping": 0.8,
-            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 1.2,
+            "query_pre_attn_scalar": 30,
+            "attention_bias": True,
             "dropout_rate": 0.0,
             "attn_implementation": "eager",
         },
@@ -235,9 +235,10 @@ CASES: list[Case] = [
         "T5Gemma2EncoderLayer",
         "T5Gemma2TextEncoder",
         config={
-            **WINDOWED,
+            **SHORT,
             "sliding_window": 4,
-            "query_pre_attn_scalar": 7,
+            "query_pre_attn_scalar": 20,
+            "attention_bias": True,
             "dropout_rate": 0.0,
             "rope_parameters": ROPES,
         },
@@ -248,9 +249,10 @@ CASES: list[Case] = [
         "EmbeddingGemma2EncoderLayer",
         "EmbeddingGemma2TextModel",
         config={
-            **WINDOWED,
+            **SHORT,
             "sliding_window": 2,
             "rope_parameters": ROPES,
+            "attention_bias": True,
             "global_head_dim": 16,
             "num_global_key_value_heads": 2,
             "hidden_size_per_layer_input": 14,
@@ -264,7 +266,7 @@ CASES: list[Case] = [
         "Gemma4VisionModel",
         stack="encoder.layers",
         inputs="placed_patches",
-        config={"head_dim": 12, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 8},
+        config={"head_dim": 20, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 8},
         options={"quiet": ("patch_embedder",)},
     ),
 ]

@@ -22,7 +22,7 @@ LAYER_SCALES = ("lambda", "layer_scale", "gamma", "gate_attn", "gate_ffn")
 SPREAD = {"query": 1.0, "key": 1.5, "value": 1.5, "other": 1.0}  # of a linear's output, from token to token of a row
 BIAS_TABLE_STD = 2.0  # of what is added to scores, by distance
 BIAS_TABLES = ("relative_attention_bias", "rel_attn_embed")
-QK_NORM_WEIGHT = 1.7  # norms of queries and keys undo what was done to their projections
+QK_NORM_WEIGHT = 1.35  # norms of queries and keys undo what was done to their projections
 _QK_NORMS = ("q_norm", "k_norm")
 _ROLES = {
     "query": ("query", "q_proj", "q_lin", "q", "query_proj"),
@@ -64,6 +64,9 @@ def sharpen(model: nn.Module, seed: int = 0) -> None:
                 continue
             seen.add(id(parameter))
             parameter.copy_(_draw(module_name.rsplit(".", 1)[-1], module, name, parameter, generator))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
 
 
 @torch.no_grad()
@@ -112,7 +115,8 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
     handles = []
     for layer in layers:
         for index, (name, norm) in enumerate(norms(layer)):
-            sharper = QK_NORM_WEIGHT if name.rsplit(".", 1)[-1] in _QK_NORMS else 1.0
+            parent, _, leaf = name.rpartition(".")
+            sharper = _sharpness(layer.get_submodule(parent)) if leaf in _QK_NORMS else 1.0
             handles.append(norm.register_forward_pre_hook(fit_norm(EPS_RATIO[index % len(EPS_RATIO)], sharper)))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
@@ -123,6 +127,12 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
     torch.backends.mha.set_fastpath_enabled(fused)
     for handle in handles:
         handle.remove()
+
+
+def _sharpness(attention: nn.Module) -> float:
+    """What the norms of queries and keys are multiplied by, so that scores are as far apart whatever their factor is."""
+    usual = getattr(attention, "head_dim", 1) ** -0.5
+    return QK_NORM_WEIGHT * math.sqrt(usual / getattr(attention, "scaling", usual))
 
 
 def _role(name: str) -> str:

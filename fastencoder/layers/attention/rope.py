@@ -80,9 +80,7 @@ class AxialRope(Rope):
     The parts of queries and keys change places, so that the first halves of all parts come first.
     """
 
-    def queries_keys_values(
-        self, call: LayerCall, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = super().queries_keys_values(call, x)
         position_ids = call.arguments.get("position_ids")
         if not isinstance(position_ids, torch.Tensor) or position_ids.shape[-1:] != (2,):
