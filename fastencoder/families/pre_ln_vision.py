@@ -99,12 +99,10 @@ INTERNVL_NAMES = replace(
     scaling="attention.scale",
     scale1="lambda_1",
     scale2="lambda_2",
+    query_norm="attention.q_norm",
+    key_norm="attention.k_norm",
 )
-INTERNVL = Adapter(
-    "pre",
-    (replace(INTERNVL_NAMES, query_norm="attention.q_norm", key_norm="attention.k_norm"), INTERNVL_NAMES),
-    mask="",
-)
+INTERNVL = Adapter("pre", (INTERNVL_NAMES,), mask="")
 
 AIMV2 = Adapter(
     "pre",

@@ -305,7 +305,7 @@ def _image(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
     if "noise" in case.options:  # ViT-MAE drops random patches: fix which
         inputs["noise"] = torch.rand(_size(pattern), case.options["noise"], generator=generator)
     if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
-        inputs["dataset_index"] = torch.arange(_size(pattern)) % 2
+        inputs["dataset_index"] = torch.arange(_size(pattern)) // 2
     return Batch(inputs)
 
 
@@ -375,7 +375,7 @@ def _languages(case: Case, model: nn.Module, pattern: str, generator: torch.Gene
     """X-MOD: each sentence has a language."""
     batch = _text(case, model, pattern, generator)
     rows = len(batch.inputs["input_ids"])
-    batch.inputs["lang_ids"] = torch.arange(rows) % len(model.config.languages)
+    batch.inputs["lang_ids"] = torch.arange(rows) // 2 % len(model.config.languages)
     return batch
 
 

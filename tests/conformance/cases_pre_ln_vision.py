@@ -64,7 +64,7 @@ LW_DETR = {
     "num_windows": 4,
     "window_block_indices": [0, 2],
 }
-RF_DETR = {**DINO, "num_hidden_layers": 3, "num_windows": 2, "out_indices": [3]}
+RF_DETR = {**DINO, "num_hidden_layers": 3, "num_windows": 2, "out_indices": [2, 3]}
 
 CASES: list[Case] = [
     image(
