@@ -148,6 +148,15 @@ EOMT = Adapter(
 
 VIDEOPRISM = Adapter("pre", (replace(VIT_NAMES, heads="", head_dim="attention.head_dim"),), attention="softcap")
 
+
+def _windows_of_lw_detr(layer: Any) -> int:
+    return 1 if layer.window else layer.num_windows
+
+
+def _windows_of_rf_detr(layer: Any) -> int:
+    return layer.num_windows**2 if layer.global_attention else 1
+
+
 # Windows of one image lie one after the other in the batch. Some layers attend inside each window, others inside the image.
 LW_DETR = Adapter(
     "pre",
@@ -163,13 +172,13 @@ LW_DETR = Adapter(
     ),
     mask="",
     attention="joined-windows",
-    options={"windows": lambda layer: 1 if layer.window else layer.num_windows},
+    options={"windows": _windows_of_lw_detr},
 )
 RF_DETR = Adapter(
     "pre",
     with_gated(DINOV2_NAMES, DINOV2_NESTED_NAMES),
     attention="joined-windows",
-    options={"windows": lambda layer: layer.num_windows**2 if layer.global_attention else 1},
+    options={"windows": _windows_of_rf_detr},
 )
 
 # Tiles of an image attend to one another under an additive mask that is not one of padding: tokens see those that are not

@@ -304,8 +304,6 @@ def _image(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if "noise" in case.options:  # ViT-MAE drops random patches: fix which
         inputs["noise"] = torch.rand(_size(pattern), case.options["noise"], generator=generator)
-    if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
-        inputs["dataset_index"] = torch.arange(_size(pattern)) // 2
     return Batch(inputs)
 
 
@@ -398,6 +396,8 @@ def _hidden(case: Case, model: nn.Module, pattern: str, generator: torch.Generat
     attention_mask = mask(pattern)
     rows = 3 if attention_mask is None else len(attention_mask)
     inputs: dict[str, Any] = {"hidden_states": torch.randn(rows, 13, case.options["width"], generator=generator)}
+    if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
+        inputs["dataset_index"] = torch.arange(rows) // 2
     if attention_mask is None or not case.options.get("masked", True):
         return Batch(inputs)
     inputs["attention_mask"] = attention_mask
