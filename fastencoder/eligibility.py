@@ -88,9 +88,7 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
 def _missing(layer: nn.Module, names: NameMap) -> list[str]:
     paths = [*names.given((*LINEAR_SLOTS, *NORM_SLOTS, *LAYER_SCALE_SLOTS, "activation", "feed_forward")).values()]
     paths += names.given(("heads", "kv_heads", "head_dim")).values()
-    absent = [path for path in paths if lookup(layer, path) is None]
-    optional = names.given(("query_norm", "key_norm")).values()
-    return absent + [path for path in optional if type(lookup(layer, path)) is nn.Identity]
+    return [path for path in paths if lookup(layer, path) is None]
 
 
 def _checks(

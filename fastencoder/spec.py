@@ -91,8 +91,7 @@ class Adapter:
     Args:
         norm_placement: "post" for `norm(x + block(x))`, "pre" for `x + block(norm(x))`, "residual" for `x + norm(block(x))`.
         names: where the parts are. Several maps may be given where versions of transformers or configurations differ: the
-            first one whose paths all exist in the layer is used. A norm of queries or keys that is an
-            `nn.Identity` does not.
+            first one whose paths all exist in the layer is used.
         former_names: older names of the layer's arguments that it still takes, with what they are called now.
         mask: name of the parameter of the layer's `forward` that carries the attention mask; "" for a layer that takes none,
             or whose kind of attention reads it.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..spec import Adapter, NameMap
-from .pre_ln import CLIP_NAMES, DINOV2_NAMES, DINOV2_NESTED_NAMES, VIT_NAMES, with_gated
+from .pre_ln import CLIP_NAMES, DINOV2_NAMES, VIT_NAMES, with_gated
 
 # ViT's names before transformers 5.
 OLD_VIT_NAMES = NameMap(
@@ -44,24 +44,6 @@ FUSED_CLIP = Adapter("pre", (FUSED_CLIP_NAMES,), mask="")
 PP_OCR = replace(
     FUSED_CLIP, names=(replace(FUSED_CLIP_NAMES, activation="mlp.activation"),), ignores=("attention_mask",)
 )
-# transformers puts a window into the mask of each layer where it makes one. Flash attention is given no window.
-MOONSHINE_STREAMING = Adapter(
-    "pre",
-    (
-        replace(
-            CLIP_NAMES,
-            out="self_attn.o_proj",
-            norm1="input_layernorm",
-            norm2="post_attention_layernorm",
-            heads="",
-            head_dim="self_attn.head_dim",
-            scaling="self_attn.scaling",
-        ),
-    ),
-    attention="windowed",
-    options={"window": "self_attn.sliding_window"},
-)
-
 MGP_STR = Adapter(
     "pre",
     (
@@ -99,12 +81,10 @@ INTERNVL_NAMES = replace(
     scaling="attention.scale",
     scale1="lambda_1",
     scale2="lambda_2",
+    query_norm="attention.q_norm",
+    key_norm="attention.k_norm",
 )
-INTERNVL = Adapter(
-    "pre",
-    (replace(INTERNVL_NAMES, query_norm="attention.q_norm", key_norm="attention.k_norm"), INTERNVL_NAMES),
-    mask="",
-)
+INTERNVL = Adapter("pre", (INTERNVL_NAMES,), mask="")
 
 AIMV2 = Adapter(
     "pre",
@@ -146,51 +126,6 @@ PIX2STRUCT = Adapter("pre", (PIX2STRUCT_NAMES,), extra_outputs=1)
 EOMT_NAMES = replace(DINOV2_NAMES, out="attention.out_proj", heads="attention.num_heads", scaling="attention.scale")
 EOMT = Adapter(
     "pre", with_gated(EOMT_NAMES, replace(EOMT_NAMES, activation="mlp.activation")), keeps_hidden_states=True
-)
-
-VIDEOPRISM = Adapter("pre", (replace(VIT_NAMES, heads="", head_dim="attention.head_dim"),), attention="softcap")
-
-# Windows of one image lie one after the other in the batch. Some layers attend inside each window, others inside the image.
-LW_DETR = Adapter(
-    "pre",
-    (
-        replace(
-            VIT_NAMES,
-            up="intermediate.fc1",
-            activation="intermediate.act",
-            down="intermediate.fc2",
-            scale1="gamma_1",
-            scale2="gamma_2",
-        ),
-    ),
-    mask="",
-    attention="joined-windows",
-    options={"windows": lambda layer: 1 if layer.window else layer.num_windows},
-)
-RF_DETR = Adapter(
-    "pre",
-    with_gated(DINOV2_NAMES, DINOV2_NESTED_NAMES),
-    attention="joined-windows",
-    options={"windows": lambda layer: layer.num_windows**2 if layer.global_attention else 1},
-)
-
-# Tiles of an image attend to one another under an additive mask that is not one of padding: tokens see those that are not
-# padding, and real tokens see everything.
-MLLAMA_NAMES = replace(
-    CLIP_NAMES,
-    out="self_attn.o_proj",
-    norm1="input_layernorm",
-    norm2="post_attention_layernorm",
-    scaling="self_attn.scaling",
-)
-MLLAMA = Adapter(
-    "pre",
-    (replace(MLLAMA_NAMES, scale1="gate_attn", scale2="gate_ffn"), MLLAMA_NAMES),
-    mask="",
-    attention="biased",
-    scale_by_tanh=True,
-    former_names={"hidden_state": "hidden_states"},  # until transformers 5.20
-    keeps_hidden_states=True,
 )
 
 MULTIHEAD_NAMES = NameMap(
@@ -275,14 +210,6 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec.PPOCRV6SmallRecBlock": "pp_ocrv6_small_rec",
         },
     ),
-    (
-        MOONSHINE_STREAMING,
-        {
-            "moonshine_streaming.modeling_moonshine_streaming.MoonshineStreamingEncoderLayer": (
-                "moonshine_streaming moonshine_streaming_encoder"
-            )
-        },
-    ),
     (MGP_STR, {"mgp_str.modeling_mgp_str.MgpstrLayer": "mgp-str"}),
     (JANUS, {"janus.modeling_janus.JanusVisionEncoderLayer": "janus janus_vision_model"}),
     (MOLMO2, {"molmo2.modeling_molmo2.Molmo2VisionEncoderLayer": "molmo2 molmo2_vision"}),
@@ -310,17 +237,6 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             "videomt.modeling_videomt.VideomtLayer": "videomt",
         },
     ),
-    (
-        VIDEOPRISM,
-        {
-            "videoprism.modeling_videoprism.VideoPrismLayer": (
-                "videoprism videoprism_text_model videoprism_vision_model"
-            )
-        },
-    ),
-    (LW_DETR, {"lw_detr.modeling_lw_detr.LwDetrViTLayer": "lw_detr lw_detr_vit"}),
-    (RF_DETR, {"rf_detr.modeling_rf_detr.RfDetrDinov2Layer": "rf_detr rf_detr_dinov2"}),
-    (MLLAMA, {"mllama.modeling_mllama.MllamaVisionEncoderLayer": "mllama mllama_vision_model"}),
     (ONEFORMER_TEXT, {"oneformer.modeling_oneformer.OneFormerTextTransformerLayer": "oneformer"}),
     (
         BRIDGETOWER,

@@ -137,11 +137,12 @@ def patterns(case: Case) -> tuple[str, ...]:
 
 def build(case: Case, model: nn.Module, pattern: str, seed: int = 0) -> Batch:
     """The batch of a row: deterministic in (case, pattern, seed)."""
-    from . import batches_rope, batches_vision
+    from . import batches_encoders, batches_rope, batches_vision
 
     generator = torch.Generator().manual_seed(77 + seed)
     name = "_" + case.inputs
-    builder = globals().get(name) or getattr(batches_vision, name, None) or getattr(batches_rope, name)
+    others = (getattr(module, name, None) for module in (batches_encoders, batches_vision, batches_rope))
+    builder = globals().get(name) or next(filter(None, others))
     return builder(case, model, pattern, generator)
 
 
@@ -304,8 +305,6 @@ def _image(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if "noise" in case.options:  # ViT-MAE drops random patches: fix which
         inputs["noise"] = torch.rand(_size(pattern), case.options["noise"], generator=generator)
-    if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
-        inputs["dataset_index"] = torch.arange(_size(pattern)) % 2
     return Batch(inputs)
 
 
@@ -375,7 +374,7 @@ def _languages(case: Case, model: nn.Module, pattern: str, generator: torch.Gene
     """X-MOD: each sentence has a language."""
     batch = _text(case, model, pattern, generator)
     rows = len(batch.inputs["input_ids"])
-    batch.inputs["lang_ids"] = torch.arange(rows) % len(model.config.languages)
+    batch.inputs["lang_ids"] = torch.arange(rows) // 2 % len(model.config.languages)
     return batch
 
 
@@ -398,58 +397,17 @@ def _hidden(case: Case, model: nn.Module, pattern: str, generator: torch.Generat
     attention_mask = mask(pattern)
     rows = 3 if attention_mask is None else len(attention_mask)
     inputs: dict[str, Any] = {"hidden_states": torch.randn(rows, 13, case.options["width"], generator=generator)}
+    if "dataset_index" in case.options:  # ViTPose has experts for the data sets that it was trained on
+        inputs["dataset_index"] = torch.arange(rows) // 2
     if attention_mask is None or not case.options.get("masked", True):
         return Batch(inputs)
     inputs["attention_mask"] = attention_mask
     return Batch(inputs, attention_mask.bool())
 
 
-def _windows(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """The windows of each image, one after the other in the batch."""
-    rows = _size(pattern) * case.options["windows"]
-    return Batch({"hidden_states": torch.randn(rows, 7, case.options["width"], generator=generator)})
 
 
-def _frames(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """A video of frames that are images for the encoder."""
-    size = model.config.image_size
-    return Batch({"pixel_values_videos": torch.randn(_size(pattern), 2, 3, size, size, generator=generator)})
 
-
-def _patch_rows(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """Molmo 2: patches that are flat already."""
-    config = model.config
-    pixels = 3 * config.patch_size**2
-    return Batch(
-        {"pixel_values": torch.randn(_size(pattern), config.num_position_embeddings, pixels, generator=generator)}
-    )
-
-
-def _tiles(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """Mllama: images of up to four tiles, [batch, images, tiles, 3, H, W]; other tiles are padding."""
-    size, tiles = model.config.image_size, model.config.max_num_tiles
-    counts = {SINGLE: [3], FULL: [4, 4]}.get(pattern, [2, 4, 1])
-    real = (torch.arange(tiles) < torch.tensor(counts)[:, None]).long()
-    inputs = {
-        "pixel_values": torch.randn(len(counts), 1, tiles, 3, size, size, generator=generator),
-        "aspect_ratio_ids": torch.tensor([[count] for count in counts]),
-        "aspect_ratio_mask": real[:, None],
-    }
-    return Batch(inputs)
-
-
-def _flat_patches(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """Pix2Struct: rows of patches, each with its row and column in front; rows of padding are zero unless a mask is given."""
-    attention_mask = mask(pattern)
-    assert attention_mask is not None
-    pixels = torch.randn(*attention_mask.shape, case.options["pixels"], generator=generator)
-    places = torch.randint(0, 8, (*attention_mask.shape, 2), generator=generator).float()
-    return Batch(
-        {"flattened_patches": torch.cat([places, pixels], -1), "attention_mask": attention_mask}, attention_mask.bool()
-    )
-def _feature_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """What RT-DETR's attention is given: a small map of features, without a mask."""
-    return Batch({"feature_map": 2 * torch.randn(_size(pattern), case.options["width"], 3, 4, generator=generator)})
 
 
 def _flat_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:

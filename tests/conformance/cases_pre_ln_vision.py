@@ -43,7 +43,7 @@ def paddle(package: str, layer: str, config_class: str) -> Case:
     )
 
 
-VITPOSE = {"image_size": [32, 32], "patch_size": [8, 8], "mlp_ratio": 2, "intermediate_size": None}
+VITPOSE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2}
 BLIP = {"stack": "encoder.layers"}
 INTERNVL = {"image_size": [16, 16], "patch_size": [4, 4], "attention_bias": True}
 PIX2STRUCT = {
@@ -64,7 +64,7 @@ LW_DETR = {
     "num_windows": 4,
     "window_block_indices": [0, 2],
 }
-RF_DETR = {**DINO, "num_hidden_layers": 3, "num_windows": 2, "out_indices": [3]}
+RF_DETR = {**DINO, "num_hidden_layers": 3, "num_windows": 2, "out_indices": [2, 3]}
 
 CASES: list[Case] = [
     image(
@@ -91,21 +91,24 @@ CASES: list[Case] = [
         options={"masked": False},
         eager_only=True,
     ),
-    image(
+    encoder(
         "vitpose_backbone",
         "VitPoseBackboneLayer",
-        "VitPoseBackbone",
-        config=VITPOSE,
-        outputs=("feature_maps", "hidden_states", "attentions"),
+        "VitPoseBackboneEncoder",
+        "layer",
+        VITPOSE,
+        config_class="VitPoseBackboneConfig",
+        options={"masked": False},
     ),
-    image(
+    encoder(
         "vitpose_backbone",
         "VitPoseBackboneLayer",
-        "VitPoseBackbone",
+        "VitPoseBackboneEncoder",
+        "layer",
+        {**VITPOSE, "num_experts": 2, "part_features": 36},
+        config_class="VitPoseBackboneConfig",
+        options={"masked": False, "dataset_index": True},
         tag="experts",
-        config={**VITPOSE, "num_experts": 2, "part_features": 36},
-        outputs=("feature_maps", "hidden_states", "attentions"),
-        options={"dataset_index": True},
     ),
     Case("flava", "FlavaLayer", "FlavaTextModel", "encoder.layer", "text", "pre", TEXT, tag="text", eager_only=True),
     image("flava", "FlavaLayer", "FlavaImageModel", eager_only=True),
@@ -148,25 +151,15 @@ CASES: list[Case] = [
         inputs="patch_rows",
         config={"image_size": [16, 16], "head_dim": 16, "num_key_value_heads": 3, "num_position_embeddings": 16},
     ),
-    image(
+    encoder(
         "vjepa2",
         "VJEPA2PoolerSelfAttentionLayer",
-        "VJEPA2ForVideoClassification",
-        stack="pooler.self_attention_layers",
-        inputs="frames",
-        config={
-            "crop_size": 16,
-            "frames_per_clip": 2,
-            "tubelet_size": 1,
-            "mlp_ratio": 2,
-            "intermediate_size": None,
-            "num_pooler_layers": 2,
-            "pred_hidden_size": 24,
-            "pred_num_attention_heads": 3,
-            "pred_num_hidden_layers": 1,
-        },
-        outputs=("logits", "hidden_states", "attentions"),
-        options={"attentions": "not of the layers"},
+        "hosts.AttentivePooler",
+        "pooler.self_attention_layers",
+        {"hidden_size": 60, "num_attention_heads": 4, "num_pooler_layers": 2},
+        config_class="VJEPA2Config",
+        options={"masked": False},
+        more_after=True,
     ),
     image("internvl", "InternVLVisionLayer", "InternVLVisionModel", config=INTERNVL),
     image(

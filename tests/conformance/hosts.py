@@ -63,6 +63,18 @@ class MobileViTTransformer(nn.Module):
         return {"last_hidden_state": self.encoder(hidden_states)}
 
 
+class AttentivePooler(nn.Module):
+    """V-JEPA 2's pooler: self-attention, and one query for each video."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.pooler = _class("vjepa2", "VJEPA2AttentivePooler")(config)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> dict[str, Any]:
+        return {"last_hidden_state": self.pooler(hidden_states)[:, None]}
+
+
 class RecognitionBlocks(nn.Module):
     """PaddleOCR's blocks without the convolutions around them."""
 
