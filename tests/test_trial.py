@@ -138,7 +138,7 @@ def one_of_each_family() -> list[str]:
             adapter = entry.adapter
             first.setdefault((adapter.family, adapter.attention, bool(adapter.offsets)), case.id)
     layers = "albert.AlbertLayer bart.BartEncoderLayer canine.CanineLayer dinov2.Dinov2Layer fsmt.EncoderLayer"
-    return [*first.values(), *layers.split(), "wav2vec2.Wav2Vec2EncoderLayer"]
+    return [*first.values(), *layers.split(), "wav2vec2.Wav2Vec2EncoderLayer", "beit.BeitLayer.shared"]
 
 
 @pytest.mark.parametrize("row", one_of_each_family())

@@ -122,6 +122,8 @@ def _tokens(mask: Any, shape: tuple[int, ...], adapter: Any) -> torch.Tensor | N
     batch, seqlen = (shape[1], shape[0]) if adapter.time_major else shape[:2]
     kind = attention.KINDS[adapter.attention]
     mask = kind.mask(_on_cpu(mask, 0, None), {})  # what is more than a mask in it is read again where the layer runs
+    if mask is None:
+        return None
     if type(mask) is not torch.Tensor:
         raise Delegated(f"the mask is a {type(mask).__name__}")
     nothing = torch.empty(batch, seqlen, 0, device="cpu")
