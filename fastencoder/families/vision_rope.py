@@ -87,7 +87,6 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             mask="",
             ignores=("attention_mask",),
             attention="rope-complex",
-            bidirectional=True,
             extra_outputs=0,
             label=LABEL,
         ),

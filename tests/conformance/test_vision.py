@@ -38,7 +38,7 @@ def _unturned(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
             return torch.ones_like(table)
         return torch.ones_like(table[0]), torch.zeros_like(table[1])
 
-    args = tuple(flat(value) if isinstance(value, tuple) else value for value in args)
+    args = tuple(flat(value) if isinstance(value, tuple | list) else value for value in args)
     return args, {name: flat(value) if name in TABLES else value for name, value in kwargs.items()}
 
 
