@@ -169,15 +169,8 @@ def _sources(module_name: str) -> frozenset[str]:
     return frozenset(cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models."))
 
 
-def is_absent_norm(layer: nn.Module, slot: str, path: str) -> bool:
-    """Whether queries or keys are not normalised although the class can do it: the slot holds an `nn.Identity`."""
-    return slot in ("query_norm", "key_norm") and type(lookup(layer, path)) is nn.Identity
-
-
 def _check_norms(layer: nn.Module, names: NameMap) -> Iterator[str]:
-    for slot, path in names.given(NORM_SLOTS).items():
-        if is_absent_norm(layer, slot, path):
-            continue
+    for path in names.given(NORM_SLOTS).values():
         module = lookup(layer, path)
         cls = type(module)
         if type(module) is nn.LayerNorm and norm_kind(module) is None:

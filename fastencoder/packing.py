@@ -239,7 +239,7 @@ class PackedBatch:
             if self.seqlen == 0:
                 return rows[0].contiguous()
             if self.indices is None:
-                return rows.expand(self.batch, *rows.shape[1:]).flatten(0, 1)
+                return rows.expand(self.batch, *rows.shape[1:]).flatten(0, 1).contiguous()
             if rows.shape[0] == 1:
                 return rows[0].index_select(0, self.indices % self.seqlen)
             return rows.flatten(0, 1).index_select(0, self.indices)

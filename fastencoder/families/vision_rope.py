@@ -28,8 +28,13 @@ LABEL = "pre-LN MHA with rotation by patch"
 DINOV3 = Adapter(
     "pre", (DINOV3_NAMES, replace(DINOV3_NAMES, gate="")), attention="rope-vision-prefix", label=LABEL
 )
-SAPIENS2_NAMES = replace(
-    DINOV3_NAMES, query_norm="attention.q_norm", key_norm="attention.k_norm", scale2=None
+# Without config.use_qk_norm an Identity stands where a norm would.
+_SAPIENS2_NAMES = replace(DINOV3_NAMES, scale2=None)
+_SAPIENS2_NORMED_NAMES = replace(_SAPIENS2_NAMES, query_norm="attention.q_norm", key_norm="attention.k_norm")
+SAPIENS2_NAMES = tuple(
+    replace(names, gate=gate)
+    for names in (_SAPIENS2_NORMED_NAMES, _SAPIENS2_NAMES)
+    for gate in (DINOV3_NAMES.gate, "")
 )
 PIXTRAL_NAMES = replace(
     DINOV3_NAMES,
@@ -70,7 +75,7 @@ VJEPA2_NAMES = NameMap(
 TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (DINOV3, {"dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": "dinov3_vit chmv2"}),
     (
-        replace(DINOV3, names=(SAPIENS2_NAMES, replace(SAPIENS2_NAMES, gate=""))),
+        replace(DINOV3, names=SAPIENS2_NAMES),
         {"sapiens2.modeling_sapiens2.Sapiens2Layer": "sapiens2"},
     ),
     # Its loop predicts masks between its last layers, and puts query tokens before them.
@@ -87,7 +92,6 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             mask="",
             ignores=("attention_mask",),
             attention="rope-complex",
-            bidirectional=True,
             extra_outputs=0,
             label=LABEL,
         ),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..eligibility import attention_implementation, inspect_layer, is_absent_norm, touched
+from ..eligibility import attention_implementation, inspect_layer, touched
 from ..norms import Norm, norm_kind, read_norm
 from ..parts import ParameterPair, linear_at, lookup
 from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
@@ -65,9 +65,7 @@ class Binding:
             slot: linear_at(layer, path) for slot, path in names.given(LINEAR_SLOTS).items()
         }
         self.norms: dict[str, nn.Module] = {
-            slot: lookup(layer, path)
-            for slot, path in names.given(NORM_SLOTS).items()
-            if not is_absent_norm(layer, slot, path)
+            slot: lookup(layer, path) for slot, path in names.given(NORM_SLOTS).items()
         }
         parts = [*self.linears.values(), *self.norms.values()]
         self._holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]

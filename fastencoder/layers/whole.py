@@ -31,7 +31,8 @@ def run_whole(
     Returns:
         None if the layers have to run one by one.
     """
-    kind = trial.UNMASKED if call.mask is None else trial.MASKED
+    masked = any(mask is not None for mask, known in call.read if known is batch)
+    kind = trial.MASKED if masked else trial.UNMASKED
     if any(kind in layer._fastencoder.to_prove for layer in call.schedule):
         return None
     parts = _parts(call)
