@@ -56,7 +56,7 @@ def inspect_layer(
     reason = _not_this_family(layer, adapter)
     if reason:
         return Finding(None, (reason,), left_alone=True)
-    names = next((names for names in adapter.names if not _missing(layer, names)), None)
+    names = fitting_names(layer, adapter)
     if names is None:
         missing = ", ".join(_missing(layer, adapter.names[0]))
         return Finding(None, (f"it does not have the parts that its class had when it was registered: no {missing}",))
@@ -64,6 +64,11 @@ def inspect_layer(
     if reasons:
         return Finding(None, reasons)
     return Finding(_read_spec(layer, adapter, names))
+
+
+def fitting_names(layer: nn.Module, adapter: Adapter) -> NameMap | None:
+    """The first name map of an adapter whose parts the layer has."""
+    return next((names for names in adapter.names if not _missing(layer, names)), None)
 
 
 def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:

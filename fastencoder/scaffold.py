@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import registry
-from .eligibility import inspect_layer
+from .eligibility import fitting_names, inspect_layer
 from .layers import Delegated, LayerState, fast_class
 from .spec import Adapter, NameMap
 
@@ -172,10 +172,11 @@ def _guesses(layer: nn.Module) -> Iterator[tuple[Adapter, str]]:
 
 def _try_out(layer: nn.Module, fast: nn.Module, adapter: Adapter, like: str) -> Proposal | None:
     """None where the names do not fit. `fast` is a copy of the layer that may be changed."""
+    if fitting_names(layer, adapter) is None:
+        return None
     finding = inspect_layer(layer, type(layer), adapter)
     if finding.spec is None:
-        missing = any("does not have the parts" in reason for reason in finding.reasons)
-        return None if missing or finding.left_alone else Proposal(adapter, like, None, "; ".join(finding.reasons))
+        return None if finding.left_alone else Proposal(adapter, like, None, "; ".join(finding.reasons))
     object.__setattr__(fast, "_fastencoder", LayerState(adapter, None))
     fast.__class__ = fast_class(type(layer))
     try:

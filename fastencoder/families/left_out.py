@@ -55,6 +55,18 @@ _REASONS: dict[str, str] = {
     "routes tokens to experts with a capacity that depends on the whole batch": (
         "switch_transformers.SwitchTransformersBlock openai_privacy_filter.OpenAIPrivacyFilterEncoderLayer"
     ),
+    "rotates its values as well as its queries and keys": "clvp.ClvpEncoderLayer",
+    "is a causal decoder unless its caller builds another mask": (
+        "gemma.GemmaDecoderLayer diffusion_gemma.DiffusionGemmaEncoderTextLayer"
+    ),
+    "has norms that depend on another input, and a gated output": "esmfold2.EsmFold2AtomLayer",
+    "mixes the first hidden states into every layer, with value embeddings and gates": "neomme.NeoMMEEncoderLayer",
+    "routes tokens to experts in some of its layers, with a capacity that depends on the whole batch": (
+        "nllb_moe.NllbMoeEncoderLayer"
+    ),
+    "takes masks between pairs of words, and adds positions to queries and keys": (
+        "grounding_dino.GroundingDinoTextEnhancerLayer mm_grounding_dino.MMGroundingDinoTextEnhancerLayer"
+    ),
     "has a convolution over frames between its attention and its second feed-forward block (a conformer)": (
         "wav2vec2_conformer.Wav2Vec2ConformerEncoderLayer wav2vec2_bert.Wav2Vec2BertEncoderLayer "
         "parakeet.ParakeetEncoderBlock fastspeech2_conformer.FastSpeech2ConformerEncoderLayer "
