@@ -47,6 +47,9 @@ _REASONS: dict[str, str] = {
     "attends over time and over space in turn, and mixes frames in between": (
         "timesformer.TimesformerLayer x_clip.XCLIPVisionEncoderLayer"
     ),
+    "returns its attention weights whether or not they are asked for": (
+        "grounding_dino.GroundingDinoTextEnhancerLayer mm_grounding_dino.MMGroundingDinoTextEnhancerLayer"
+    ),
     "attends over patches and over channels in turn, with batch norms": "patchtst.PatchTSTEncoderLayer",
     "exchanges aggregated tokens between two images": "efficientloftr.EfficientLoFTRLocalFeatureTransformerLayer",
     "routes tokens to experts with a capacity that depends on the whole batch": (
