@@ -137,11 +137,11 @@ def patterns(case: Case) -> tuple[str, ...]:
 
 def build(case: Case, model: nn.Module, pattern: str, seed: int = 0) -> Batch:
     """The batch of a row: deterministic in (case, pattern, seed)."""
-    from . import batches_encoders, batches_rope, batches_vision
+    from . import batches_encoders, batches_images, batches_rope, batches_vision
 
     generator = torch.Generator().manual_seed(77 + seed)
     name = "_" + case.inputs
-    others = (getattr(module, name, None) for module in (batches_encoders, batches_vision, batches_rope))
+    others = (getattr(module, name, None) for module in (batches_encoders, batches_images, batches_vision, batches_rope))
     builder = globals().get(name) or next(filter(None, others))
     return builder(case, model, pattern, generator)
 
@@ -314,20 +314,6 @@ def _video(case: Case, model: nn.Module, pattern: str, generator: torch.Generato
     return Batch({name: torch.randn(_size(pattern), frames, 3, size, size, generator=generator)})
 
 
-def _spectrogram(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    config = model.config
-    return Batch(
-        {"input_values": torch.randn(_size(pattern), config.max_length, config.num_mel_bins, generator=generator)}
-    )
-
-
-def _patch_embeds(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    side = model.config.image_size // model.config.patch_size
-    return Batch(
-        {"patch_embeds": torch.randn(_size(pattern), model.config.hidden_size, side, side, generator=generator)}
-    )
-
-
 def _naflex(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
     """SigLIP2: patches of images of different shapes, padded to one count, with a patch mask."""
     config = model.config
@@ -403,65 +389,3 @@ def _hidden(case: Case, model: nn.Module, pattern: str, generator: torch.Generat
         return Batch(inputs)
     inputs["attention_mask"] = attention_mask
     return Batch(inputs, attention_mask.bool())
-
-
-
-
-
-
-
-def _flat_map(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """What the encoders of DETR's line are given: flattened features, positions of each token, and a padding mask."""
-    attention_mask = mask(pattern)
-    rows = 3 if attention_mask is None else len(attention_mask)
-    shape = (rows, 13, case.options["width"])
-    inputs: dict[str, Any] = {
-        "inputs_embeds": 2 * torch.randn(shape, generator=generator),
-        case.options["positions"]: torch.randn(shape, generator=generator),
-    }
-    if attention_mask is not None:
-        inputs["attention_mask"] = attention_mask
-    elif case.options["positions"] == "object_queries":
-        inputs["attention_mask"] = None
-    return Batch(inputs, None if attention_mask is None else attention_mask.bool())
-
-
-def _clap_audio(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """CLAP: one log-mel spectrogram [batch, 1, frames, bins], which the model folds into a square."""
-    config = model.config
-    frames = config.spec_size * config.spec_size // config.num_mel_bins
-    return Batch({"input_features": torch.randn(_size(pattern), 1, frames, config.num_mel_bins, generator=generator)})
-
-
-def _painted_image(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """SegGPT: an image, an example, and the example's painted mask."""
-    height, width = model.config.image_size
-    shape = (_size(pattern), 3, height // 2, width)
-    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
-    return Batch({name: torch.randn(shape, generator=generator) for name in names})
-
-
-def _query_embeds(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """BLIP-2: five learned queries that look at an image."""
-    config, rows = model.config, _size(pattern)
-    inputs = {
-        "query_embeds": torch.randn(rows, 5, config.hidden_size, generator=generator),
-        "encoder_hidden_states": torch.randn(rows, 9, config.encoder_hidden_size, generator=generator),
-    }
-    return Batch(inputs)
-
-
-def _qformer(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """InstructBLIP: the queries stand before the words of an instruction, and the mask is over both."""
-    batch = _text(case, model, pattern, generator)
-    rows = len(batch.inputs["input_ids"])
-    images = dataclasses.replace(_query_embeds(case, model, NONE, generator), real=None).inputs
-    width = images["query_embeds"].shape[2]
-    batch.inputs["query_embeds"] = torch.randn(rows, 5, width, generator=generator)
-    image = torch.randn(rows, 9, model.config.encoder_hidden_size, generator=generator)
-    batch.inputs["encoder_hidden_states"] = image
-    if batch.real is None:
-        return batch
-    real = torch.cat([torch.ones(rows, 5, dtype=torch.bool), batch.real], dim=1)
-    batch.inputs["attention_mask"] = real.long()
-    return Batch(batch.inputs, real)

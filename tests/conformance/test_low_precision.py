@@ -14,6 +14,10 @@ from .cases import BY_ID
 from .fast import calls, reasons, stock_of
 
 NAMED = (
+    "detr.DetrEncoderLayer",
+    "sam.SamVisionLayer",
+    "swin.SwinLayer",
+    "torch.TransformerEncoderLayer.nested",
     "bert.BertLayer",
     "distilbert.TransformerBlock",
     "albert.AlbertLayer",
