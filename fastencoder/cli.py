@@ -124,9 +124,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print the list 
         typer.echo(json.dumps(rows, indent=2))
         return
     table = Table(title="What can be made fast", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("family", no_wrap=True)
+    table.add_column("family", max_width=20)
     table.add_column("model type", overflow="fold")
-    table.add_column("layer class (transformers)", overflow="fold")
+    table.add_column("layer class", no_wrap=True)
     previous = None
     for row in rows:
         if previous is not None and row["family"] != previous:
