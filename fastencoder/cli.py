@@ -24,6 +24,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_MOST_BYTES = 8 * 2**30  # of a model that is given memory
+
 #: Every table is made to fit this many columns; output that goes to a file or a pipe is this wide.
 WIDTH = 100
 
@@ -343,7 +345,8 @@ def _default_config(name: str) -> PretrainedConfig:
 
 
 def _unwritten(config: PretrainedConfig, model_class: Any) -> PreTrainedModel:
-    """A model whose memory is reserved and never written: a model of gigabytes costs little."""
+    """A model whose memory is reserved and never written: a model of gigabytes costs little. Larger ones stay on the meta
+    device."""
     import torch
     import transformers
 
@@ -352,7 +355,9 @@ def _unwritten(config: PretrainedConfig, model_class: Any) -> PreTrainedModel:
             model_class = _any_class_of(config)
         with torch.device("meta"):
             net = model_class._from_config(config) if model_class else transformers.AutoModel.from_config(config)
-        return net.to_empty(device="cpu").eval()
+        if sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers())) <= _MOST_BYTES:
+            net = net.to_empty(device="cpu")
+        return net.eval()
     except Exception as error:
         raise ModelNotFound(f"cannot build a model from {type(config).__name__}: {_first_line(error)}") from error
 

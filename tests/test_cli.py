@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
 import fastencoder
-from fastencoder import registry
-from fastencoder.cli import WIDTH, ModelNotFound, app, load_model
+from fastencoder import cli, registry
+from fastencoder.cli import WIDTH, app, load_model
 
 TINY = {
     "vocab_size": 50,
@@ -114,15 +114,20 @@ def test_model_type_is_built_with_sizes_and_dtype_of_its_config() -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("name", sorted({name for entry in registry.entries() for name in entry.model_types}))
-def test_every_model_type_of_the_list_can_be_explained(name: str) -> None:
-    try:
-        model, _ = load_model(name)
-    except ModelNotFound as error:
-        # One default config lacks how far to predict, two have a padding token that some versions have no room for.
-        assert name in {"time_series_transformer", "idefics3", "smolvlm"}, error
-        return
+@pytest.mark.parametrize(
+    "name",
+    ["albert", "bert", "clip", "deberta-v2", "dinov3_vit", "modernbert", "mpnet", "qwen2_vl", "swin", "t5", "whisper"],
+)
+def test_a_model_type_of_each_kind_can_be_explained(name: str) -> None:
+    model, _ = load_model(name)
     assert any(row.status == "eligible" for row in fastencoder.explain(model))
+
+
+def test_a_model_too_large_for_this_machine_is_explained_without_memory(monkeypatch) -> None:
+    monkeypatch.setattr(cli, "_MOST_BYTES", 2**20)
+    model, _ = load_model("bert")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert fastencoder.explain(model).eligible
 
 
 def test_explain_of_a_model_that_is_refused_exits_with_1() -> None:

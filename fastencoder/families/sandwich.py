@@ -68,5 +68,5 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
             )
         },
     ),
-    (GEMMA4_VISION, {"gemma4.modeling_gemma4.Gemma4VisionEncoderLayer": "gemma4_vision gemma4"}),
+    (GEMMA4_VISION, {"gemma4.modeling_gemma4.Gemma4VisionEncoderLayer": "gemma4_vision"}),
 ]

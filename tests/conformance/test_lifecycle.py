@@ -135,7 +135,8 @@ def test_copy_and_pickle(case: Case) -> None:
         before = calls(other)
         assert torch.equal(measure.last(case, measure.run(other, batch)), ours)
         assert (calls(other)[0] > before[0]) == case.runs_fast(batch)
-        assert {t.data_ptr() for t in other.parameters()}.isdisjoint(t.data_ptr() for t in model.parameters())
+        pointers = [{t.data_ptr() for t in each.parameters() if t.numel()} for each in (other, model)]
+        assert pointers[0].isdisjoint(pointers[1])
         with torch.no_grad():  # the copy has weights of its own
             for layer in case.layers(other):
                 for linear in [module for module in layer.modules() if isinstance(module, nn.Linear)]:
@@ -164,7 +165,10 @@ def test_save_and_reload_while_fast(case: Case, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "fast").iterdir()} == written
     for name in written:
         assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "fast" / name).read_bytes(), name
-    fresh = type(models.stock).from_pretrained(tmp_path / "stock").eval()
+    fresh, expected_info = type(models.stock).from_pretrained(tmp_path / "stock", output_loading_info=True)
+    if expected_info["missing_keys"]:
+        pytest.skip("the stock model does not read back what it wrote")
+    fresh.eval()
     reloaded, info = type(models.stock).from_pretrained(tmp_path / "fast", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert not fastencoder.is_fast(reloaded)
