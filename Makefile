@@ -3,6 +3,7 @@
 # make lint    ruff and types only
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
 # make fingerprints  which layer classes changed in the installed transformers, against the tested versions
+# make models   docs/models.md anew: every model type of the installed transformers is built and asked (some minutes)
 # make gpu     the examination on a CUDA machine, under ten minutes, goes on where it was stopped; uses that machine's own
 #              Python, installs nothing. PART=kernels|parity|speed|launches|rates|dispatch|compile, GPU_ARGS='--minutes 4'
 # make clean   remove .venv and everything that was generated
@@ -44,7 +45,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: help demo test lint style types pytest kernels kernels-hopper fingerprints format gpu clean
+.PHONY: models help demo test lint style types pytest kernels kernels-hopper fingerprints format gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -109,6 +110,10 @@ kernels: $(VENV)/.test $(VENV)/triton-$(OTHER_TRITON)
 
 fingerprints: $(VENV)/.test
 	$(RUN) $(BIN)/python -m fastencoder.fingerprints check
+
+models: $(VENV)/.test
+	$(RUN) $(BIN)/python -m tools.survey docs/models.json
+	$(BIN)/python -m tools.models_page
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
