@@ -76,16 +76,30 @@ def page(survey: dict[str, Any]) -> str:
                 continue
             if level == "attention":
                 attention[layer_class].append(model_type)
-            elif not level:
-                rest.setdefault(layer_class, LEFT_OUT.get(layer_class, reason))
+            elif not level and _may_be_an_encoder_layer(layer_class, reason):
+                rest.setdefault(layer_class, reason)
     for layer_class in sorted(attention):
         why = LEFT_OUT.get(layer_class, "not described yet")
         lines.append(f"| `{_short(layer_class)}` | {', '.join(sorted(attention[layer_class]))} | {why} |")
-    lines += ["", "## Neither", "", "| layer class | model types | why |", "| --- | --- | --- |"]
+    lines += ["", "## Neither", "", "Encoder layers that run on their own code alone.", ""]
+    lines += ["| layer class | model types | why |", "| --- | --- | --- |"]
     for layer_class in sorted({*rest, *LEFT_OUT} - set(attention) - registered):
-        why = LEFT_OUT.get(layer_class) or rest[layer_class]
+        why = LEFT_OUT.get(layer_class) or "not described yet"
         lines.append(f"| `{_short(layer_class)}` | {', '.join(types.get(layer_class, []))} | {why} |")
     return "\n".join(lines) + "\n"
+
+
+# What sits in lists of layers and is none of an encoder.
+_OTHER_PARTS = ("Decoder", "Stage", "Attention", "TextBlock", "TextLayer", "DenseLayer", "LayerFF", "CXBlock", "NemotronH")
+# Containers of layers that have rows of their own.
+_CONTAINERS = ("MobileViTLayer", "PvtV2EncoderLayer", "GroundingDinoEncoderLayer", "MMGroundingDinoEncoderLayer")
+
+
+def _may_be_an_encoder_layer(layer_class: str, reason: str) -> bool:
+    if not layer_class.startswith("transformers.") or reason == "a decoder layer":
+        return False
+    name = layer_class.rpartition(".")[2]
+    return name not in _CONTAINERS and not any(part in name for part in _OTHER_PARTS)
 
 
 def _shipped(layer_class: str) -> bool:

@@ -55,6 +55,11 @@ _REASONS: dict[str, str] = {
     "routes tokens to experts with a capacity that depends on the whole batch": (
         "switch_transformers.SwitchTransformersBlock openai_privacy_filter.OpenAIPrivacyFilterEncoderLayer"
     ),
+    "sees other tokens by their kind: image tokens one another, queries also those before them": (
+        "deepseek_ocr2.DeepseekOcr2VisionEncoderLayer"
+    ),
+    "updates representations of pairs of residues": "esmfold2.EsmFold2MSAEncoderLayer esmfold2.EsmFold2PairUpdateLayer",
+    "is a stack of causal convolutions, and has no attention": "muse_spark.MuseSparkAudioLayer",
     "rotates its values as well as its queries and keys": "clvp.ClvpEncoderLayer",
     "is a causal decoder unless its caller builds another mask": (
         "gemma.GemmaDecoderLayer diffusion_gemma.DiffusionGemmaEncoderTextLayer"
