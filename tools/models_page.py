@@ -86,6 +86,7 @@ def page(survey: dict[str, Any]) -> str:
     for layer_class in sorted({*rest, *LEFT_OUT} - set(attention) - registered):
         why = LEFT_OUT.get(layer_class) or "not described yet"
         lines.append(f"| `{_short(layer_class)}` | {', '.join(types.get(layer_class, []))} | {why} |")
+    lines += ["", "`flaubert` and `xlm` have no layer class: the parts of their layers lie in four lists of the model."]
     return "\n".join(lines) + "\n"
 
 
