@@ -178,6 +178,7 @@ class FastLayer(nn.Module):
         if carried and self._fastencoder.adapter.time_major:
             shape = (shape[1], shape[0], shape[2])
         trial.prove(self, shape, read_arguments(type(self).original_class, args, kwargs))
+
     def _run_grid(
         self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
     ) -> Any:
