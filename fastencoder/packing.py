@@ -154,6 +154,7 @@ class PackedBatch:
         lengths = tuple(sum(self.lengths[first : first + count]) for first in range(0, self.batch, count))
         offsets = self.offsets[::count].contiguous()
         return PackedBatch(self.values, offsets, max(lengths), None, self.batch // count, self.seqlen * count, lengths)
+
     @cached_property
     def _ragged(self) -> bool:
         """Whether some sequence is known to be shorter than the longest one."""

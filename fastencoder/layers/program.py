@@ -88,6 +88,8 @@ def _pre_ln_wide(call: LayerCall, x: torch.Tensor, dtype: torch.dtype) -> torch.
     x = clamp(x + call.projections.out(mixed), call.spec)
     inner = _inner(call, call.norm("norm2", x)[0].to(dtype))
     return x + call.projections.down(inner.float())
+
+
 def _residual_ln(call: LayerCall, x: torch.Tensor) -> torch.Tensor:
     added, _ = call.norm("norm1", call.projections.out(_attention(call, x)))
     x = x + added
