@@ -1,5 +1,5 @@
 # make demo    accelerate the real all-MiniLM-L6-v2 and show what happened
-# make test    every test: ruff, the public API's types, the kernels' machine code for one kind of GPU, pytest
+# make test    every test: ruff, the public API's types, the kernels' machine code, pytest
 # make lint    ruff and types only
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
 # make fingerprints  which layer classes changed in the installed transformers, against the tested versions
@@ -45,7 +45,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: models help demo test lint style types pytest kernels kernels-hopper fingerprints format gpu clean
+.PHONY: models help demo test lint style types pytest kernels fingerprints format gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -79,7 +79,7 @@ demo: $(VENV)/.demo
 
 # All of them, also when one fails; pytest's closing line comes last.
 test: $(VENV)/.test
-	@failed=; for step in style types kernels-hopper pytest; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+	@failed=; for step in style types kernels pytest; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
 	    if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: style types
@@ -99,10 +99,6 @@ $(VENV)/triton-$(OTHER_TRITON): $(VENV)/.test
 	@rm -rf $@
 	@$(PIP) --no-deps --target $@ 'triton==$(OTHER_TRITON)'
 	@touch $@
-
-# All of them take too long for every change. `make test` takes the kind of GPU with the most configurations.
-kernels-hopper: KERNELS_ARGS = 9.0
-kernels-hopper: kernels
 
 kernels: $(VENV)/.test $(VENV)/triton-$(OTHER_TRITON)
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m fastencoder.runtime.inspect_kernels \
