@@ -44,6 +44,8 @@ _A_FEW = "a handful of instructions, left until a GPU shows whether a smaller bl
 _SPILLS = (
     ("linear-*-descriptors-*", "12.0", "3.6.*", "* stores, 0 loads", _NEVER_READ),
     ("varlen_attention-bf16-d64-s64-interleaved", "10.0", "3.9.*", "1 stores, 3 loads", _A_FEW),
+    ("varlen_attention-bf16-d64-s64-p2c", "10.0", "3.9.*", "4 stores, 5 loads", _A_FEW),
+    ("varlen_attention-bf16-d80-s256-decomposed", "8.0", "3.6.*", "7 stores, 7 loads", _A_FEW),
     ("varlen_attention-bf16-d64-s64-rope", "12.0", "3.9.*", "1 stores, 1 loads", _A_FEW),
     ("varlen_attention-tf32-d256-s512", "8.[69]", "3.9.*", "3 stores, 3 loads", _A_FEW),
     ("varlen_attention-bf16-d128-s256-softcap-window-rope", "8.[69]", "3.9.*", "7 stores, 7 loads", _A_FEW),
