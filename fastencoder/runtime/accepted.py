@@ -37,7 +37,7 @@ class Accepted:
 
 
 _NEVER_READ = "the stores write a zero that nothing reads; the later release leaves them out"
-# None of these belongs to a family that is registered, in the precision that it is usually run in.
+# Some of these belong to families that are registered (a rotation, disentangled and decomposed positions).
 _A_FEW = "a handful of instructions, left until a GPU shows whether a smaller block is faster"
 
 # (kernel, capability, release of Triton, number of spills, reason)
