@@ -185,9 +185,12 @@ def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, n
         around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
     known = fingerprints.find_all(model)
+    inside = tuple(f"{name}." for name in known)  # the parts of a layer are no layers (T5 keeps them in lists)
     for name, module in model.named_modules():
         if name in sites:
             rows.append((_row_of_attention(name, module, sites[name]), module))
+            continue
+        if name.startswith(inside) and name not in known:
             continue
         row = _row(name, module, known.get(name), allow_meta)
         if row is not None and not (row.level is None and name in around):
