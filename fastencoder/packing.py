@@ -181,6 +181,13 @@ class PackedBatch:
         found: torch.Tensor = self.remembered(("positions",), self.offsets, make)
         return found
 
+    def between_tokens(self, table: torch.Tensor) -> torch.Tensor:
+        """What a table `[1 or B, S, S, *]` by two positions in the padded rows holds for the tokens of each sequence:
+        `[B, L, L, *]` with `L = max_seqlen`."""
+        positions = self.positions()
+        rows = torch.arange(self.batch, device=positions.device) if table.shape[0] > 1 else torch.zeros_like(positions[:, 0])
+        return table[rows[:, None, None], positions[:, :, None], positions[:, None, :]]
+
     @property
     def layout(self) -> Literal["right", "run", "holes"]:
         """How tokens lie in their padded rows: each sequence begins at position 0 and has no hole ("right" padding, if any),

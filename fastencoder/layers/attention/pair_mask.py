@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from ...kernels.padding import MASKED_BELOW
 from ...packing import PackedBatch
 from ..guards import Delegated
 from .call import LayerCall
 from .kind import AttentionKind
-
-_MASKED_BELOW = -9000.0  # additive masks say -inf, or a number from which the softmax has nothing left
+from .position_bias import by_token
 
 
 class PairMask(AttentionKind):
@@ -57,24 +57,8 @@ class CausalFlag(AttentionKind):
 def _additive(batch: PackedBatch, mask: torch.Tensor) -> torch.Tensor | None:
     """0 and -inf `[B or 1, H or 1, L, L]` by position in the packed sequences, from a mask by position in the padded ones;
     None if it holds other numbers."""
-    blocked = mask if mask.dtype == torch.bool else mask < _MASKED_BELOW
+    blocked = mask if mask.dtype == torch.bool else mask < MASKED_BELOW
     if mask.dtype != torch.bool and not bool((blocked | (mask == 0)).all()):
         return None
     bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(blocked, float("-inf"))
-    return by_packed_position(batch, bias)
-
-
-def by_packed_position(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
-    """`[B or 1, H or 1, S, S]` by position in the padded sequences -> `[B or 1, H or 1, L, L]` in the packed ones."""
-    if batch.indices is None:
-        return table
-    starts, indices = batch.offsets[:-1].long(), batch.indices.long()
-    rows = indices // batch.seqlen
-    within = torch.arange(indices.shape[0], device=indices.device) - starts[rows]  # position in the packed sequence
-    if torch.equal(within, indices % batch.seqlen):  # padding is on the right: positions are the same
-        return table
-    padded = torch.zeros(batch.batch, batch.max_seqlen, dtype=torch.long, device=indices.device)
-    padded[rows, within] = indices % batch.seqlen
-    table = table.expand(batch.batch, -1, -1, -1)
-    sequences = torch.arange(batch.batch, device=indices.device)[:, None, None]
-    return table.permute(0, 2, 3, 1)[sequences, padded[:, :, None], padded[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return by_token(batch, bias)

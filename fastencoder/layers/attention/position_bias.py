@@ -36,9 +36,7 @@ def bias_features(batch: PackedBatch, bias: Any, heads: int) -> dict[str, torch.
         raise Delegated("the bias on the scores is not a tensor [B, H, S, S]")
     if bias.shape[2:] != (size, size) or not batch.seqlen:
         raise Delegated(f"the bias on the scores is {tuple(bias.shape)}, for rows of {size}")
-    if batch.layout == "right":
-        return {"bias": bias}
-    return {"bias": batch.remembered(("bias", id(bias)), bias, lambda: _of_tokens(batch, bias))}
+    return {"bias": batch.remembered(("bias", id(bias)), bias, lambda: by_token(batch, bias))}
 
 
 def between_tokens(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
@@ -49,12 +47,12 @@ def between_tokens(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
     return table[:, (distance + reach).clamp(0, 2 * reach)].transpose(0, 1)
 
 
-def _of_tokens(batch: PackedBatch, bias: torch.Tensor) -> torch.Tensor:
-    """`[1 or B, H, S, S]` by position in the padded row -> `[B, H, L, L]` for the tokens of each sequence."""
-    positions = batch.positions()
-    rows = torch.arange(batch.batch, device=positions.device) if bias.shape[0] > 1 else torch.zeros_like(positions[:, 0])
-    # Indices on both sides of the slice put the heads last.
-    return bias[rows[:, None, None], :, positions[:, :, None], positions[:, None, :]].permute(0, 3, 1, 2)
+def by_token(batch: PackedBatch, bias: torch.Tensor) -> torch.Tensor:
+    """`[1 or B, 1 or H, S, S]` by position in the padded rows -> `[B, 1 or H, L, L]` by position in the packed sequences; `bias`
+    itself where all padding is on the right, because positions are the same then."""
+    if batch.layout == "right":
+        return bias
+    return batch.between_tokens(bias.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PositionBias(AttentionKind):

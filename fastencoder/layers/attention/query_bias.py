@@ -99,9 +99,7 @@ def _pairs(batch: PackedBatch, embeddings: torch.Tensor) -> torch.Tensor:
     pairs = embeddings.reshape(batch.seqlen, batch.seqlen, batch.batch, -1).permute(2, 0, 1, 3)
     if batch.layout == "right":
         return pairs[:, : batch.max_seqlen, : batch.max_seqlen]
-    positions = batch.positions()
-    rows = torch.arange(batch.batch, device=positions.device)[:, None, None]
-    return pairs[rows, positions[:, :, None], positions[:, None, :]]
+    return batch.between_tokens(pairs)
 
 
 class DistanceKeys(QueryBias):

@@ -114,10 +114,7 @@ def _tokens(batch: PackedBatch, device: torch.device) -> torch.Tensor:
 
 def _bias(batch: PackedBatch, left: int, right: int) -> torch.Tensor:
     """The window `[B, 1, L, L]` of sequences with holes, where tokens are farther apart than it looks when they are packed."""
-    assert batch.indices is not None  # or there were no holes
-    position = batch.indices % batch.seqlen
-    rows = batch.offsets[:-1, None] + torch.arange(batch.max_seqlen, device=position.device)
-    position = position[rows.clamp(max=len(position) - 1)]  # [B, L]
+    position = batch.positions()
     distance = position[:, None] - position[:, :, None]
     hidden = (distance < -left) | (distance > right)
     bias = torch.zeros(hidden.shape, device=position.device).masked_fill_(hidden, float("-inf"))
