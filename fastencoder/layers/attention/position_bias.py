@@ -48,7 +48,7 @@ def between_tokens(batch: PackedBatch, table: torch.Tensor) -> torch.Tensor:
 
 
 def by_token(batch: PackedBatch, bias: torch.Tensor) -> torch.Tensor:
-    """`[1 or B, 1 or H, S, S]` by position in the padded rows -> `[B, 1 or H, L, L]` by position in the packed sequences; `bias`
+    """`[1 or B, 1 or H, S, S]` by position in the padded rows -> `[B, 1 or H, L, L]` by position in the packed ones; `bias`
     itself where all padding is on the right, because positions are the same then."""
     if batch.layout == "right":
         return bias
