@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
+from ...packing import PackedBatch
 from ...parts import lookup
 from ..guards import Delegated
 from .call import LayerCall
 from .kind import AttentionKind
+
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Rope(AttentionKind):
@@ -46,12 +50,12 @@ class Rope(AttentionKind):
         if given is None and self.optional:
             return {}
         try:
-            cos, sin = (call.batch.per_token(table, prepare) for table, prepare in self.tables(given))
+            cos, sin = (call.batch.per_token(table, prepare) for table, prepare in self.tables(given, call.batch))
         except ValueError as error:
             raise Delegated(f"{self.argument}: {error}") from None
         return {"rope": (cos, sin, self.interleaved)}
 
-    def tables(self, given: Any) -> Any:
+    def tables(self, given: Any, batch: PackedBatch) -> Any:
         """Cosines and sines in the argument that was given, each with a function that makes `[1 or B, S, r / 2]` of it."""
         if (
             not isinstance(given, tuple | list)
@@ -68,7 +72,7 @@ class RoFormerRope(Rope):
     def __init__(self) -> None:
         super().__init__(interleaved=True, argument="sinusoidal_pos", optional=True)
 
-    def tables(self, given: Any) -> Any:
+    def tables(self, given: Any, batch: PackedBatch) -> Any:
         if not isinstance(given, torch.Tensor) or given.dim() != 4 or given.shape[1] != 1:
             raise Delegated(f"{self.argument} is not a table [1, 1, S, d]")
         return (given, _second_half_of_heads), (given, _first_half_of_heads)
@@ -87,8 +91,8 @@ class AxialRope(Rope):
             raise Delegated("position_ids are not two coordinates of each token")
         return _halves_first(q), _halves_first(k), v
 
-    def tables(self, given: Any) -> Any:
-        return [(table, _one_of_each_pair) for table, _ in super().tables(given)]
+    def tables(self, given: Any, batch: PackedBatch) -> Any:
+        return [(table, _one_of_each_pair) for table, _ in super().tables(given, batch)]
 
 
 def _halves_first(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ do images of one size, `[S, r]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +14,10 @@ import torch.nn.functional as F
 
 from ...packing import PackedBatch
 from ..guards import Delegated
-from .call import LayerCall
-from .kind import AttentionKind
-
-Prepare = Callable[[torch.Tensor], torch.Tensor]
+from .rope import Prepare, Rope
 
 
-class VisionRope(AttentionKind):
+class VisionRope(Rope):
     """Queries and keys are turned by a pair of cosines and sines `[S or T, r]`, or `[1 or B, S, r]`.
 
     Args:
@@ -32,49 +28,35 @@ class VisionRope(AttentionKind):
     """
 
     def __init__(self, interleaved: bool = False, prefix: bool = False) -> None:
-        self.interleaved = interleaved
+        super().__init__(interleaved, "neighbours" if interleaved else "halves")
         self.prefix = prefix
-        self.reads = frozenset({"position_embeddings"})
 
-    def features(self, call: LayerCall) -> dict[str, Any]:
-        tables = call.arguments.get("position_embeddings")
-        if not isinstance(tables, tuple | list) or len(tables) != 2 or not all(map(torch.is_tensor, tables)):
-            raise Delegated("position_embeddings is not a pair of cosines and sines")
-        try:
-            cos, sin = (
-                call.batch.per_token(table, self._preparation(call.batch, unturned))
-                for table, unturned in zip(tables, (1.0, 0.0), strict=True)
-            )
-        except ValueError as error:
-            raise Delegated(f"position_embeddings: {error}") from None
-        return {"rope": (cos, sin, self.interleaved)}
+    def tables(self, given: Any, batch: PackedBatch) -> Any:
+        (cos, prepare), (sin, _) = super().tables(given, batch)
+        return (cos, self._rows(batch, prepare, 1.0)), (sin, self._rows(batch, prepare, 0.0))
 
-    def _preparation(self, batch: PackedBatch, unturned: float) -> Prepare:
+    def _rows(self, batch: PackedBatch, prepare: Prepare, unturned: float) -> Prepare:
         """Makes `[1 or B, S, r / 2]` of a table `[S, r]` or `[1 or B, S, r]`: an angle a pair, `unturned` at a prefix."""
 
-        def prepare(table: torch.Tensor) -> torch.Tensor:
-            rows = table[..., ::2] if self.interleaved else table[..., : table.shape[-1] // 2]
+        def rows_of(table: torch.Tensor) -> torch.Tensor:
+            rows = prepare(table)
             rows = rows if rows.dim() == 3 else rows[None]
             before = batch.seqlen - rows.shape[1] if self.prefix and batch.seqlen else 0
             return F.pad(rows, (0, 0, before, 0), value=unturned) if before > 0 else rows
 
-        return prepare
+        return rows_of
 
 
-class ComplexRope(AttentionKind):
+class ComplexRope(Rope):
     """Neighbours (2i, 2i + 1) are complex numbers, multiplied by `freqs_ci` `[S, 1, d / 2]` on the unit circle (Llama 4)."""
 
-    reads = frozenset({"freqs_ci"})
+    def __init__(self) -> None:
+        super().__init__(interleaved=True, argument="freqs_ci")
 
-    def features(self, call: LayerCall) -> dict[str, Any]:
-        table = call.arguments.get("freqs_ci")
-        if not isinstance(table, torch.Tensor) or not table.is_complex() or table.dim() != 3 or table.shape[1] != 1:
-            raise Delegated("freqs_ci is not a complex table [S, 1, d / 2]")
-        try:
-            cos, sin = call.batch.per_token(table, _real), call.batch.per_token(table, _imaginary)
-        except ValueError as error:
-            raise Delegated(f"freqs_ci: {error}") from None
-        return {"rope": (cos, sin, True)}
+    def tables(self, given: Any, batch: PackedBatch) -> Any:
+        if not isinstance(given, torch.Tensor) or not given.is_complex() or given.dim() != 3 or given.shape[1] != 1:
+            raise Delegated(f"{self.argument} is not a complex table [S, 1, d / 2]")
+        return (given, _real), (given, _imaginary)
 
 
 def _real(table: torch.Tensor) -> torch.Tensor:
