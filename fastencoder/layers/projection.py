@@ -1,8 +1,10 @@
-"""One linear slot of a layer as a function on packed tokens, with what is fused behind it."""
+"""One linear slot of a layer as a function on packed tokens, with what is fused behind it:
+`scale * activation(x @ weight.T + bias) + residual`, `[T, K]` -> `[T, N]`, in the dtype of `x`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,22 +13,6 @@ from .. import kernels
 from ..kernels._dispatch import device_kind
 from ..kernels.linear import cpu as linear_cpu
 from ..kernels.linear.reference import finish
-
-
-class Projection(Protocol):
-    """`scale * activation(x @ weight.T + bias) + residual`: `[T, K]` -> `[T, N]`, in the dtype of `x`."""
-
-    linear: Any
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        activation: str = "identity",
-        residual: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-
-    def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 class Plain:
@@ -93,3 +79,6 @@ class Opaque:
 
     def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self(x), None
+
+
+Projection = Plain | Opaque
