@@ -82,10 +82,11 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
     """
     if is_fast(model):
         raise AlreadyFastError(f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew.")
-    found = survey(model)
+    known = fingerprints.find_all(model)
+    sites = find_sites(model, known)
+    found = survey(model, known, sites)
     report = Report(type(model).__name__, [row for row, _ in found])
     chosen = [(row.name, layer) for row, layer in found if row.status == "eligible" and row.level == "layer"]
-    sites = find_sites(model)
     if strict and any(row.status == "refused" for row in report):
         raise NotEligibleError(
             f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\n"
@@ -99,18 +100,19 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
             "Nothing was changed. `fastencoder models` lists what is supported.",
             report,
         )
-    _swap(model, chosen, cuda_graphs)
+    _swap(model, chosen, known, cuda_graphs)
     _swap_attention(model, sites)
     return model
 
 
-def _swap(model: nn.Module, chosen: list[tuple[str, nn.Module]], cuda_graphs: bool) -> None:
+def _swap(
+    model: nn.Module, chosen: list[tuple[str, nn.Module]], known_layers: dict[str, fingerprints.Known], cuda_graphs: bool
+) -> None:
     """Everything that can fail comes before the first change."""
     modules = dict(model.named_modules())
     class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
-    known_layers = fingerprints.find_all(model)
     for name, layer in chosen:
         known = known_layers[name]
         adapter = known.adapter.of(layer)

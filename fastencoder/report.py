@@ -165,7 +165,10 @@ def explain(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    return Report(type(model).__name__, [row for row, _ in survey(model, allow_meta=True)])
+    check_is_module(model)
+    known = fingerprints.find_all(model)
+    rows = survey(model, known, find_sites(model, known), allow_meta=True)
+    return Report(type(model).__name__, [row for row, _ in rows])
 
 
 def check_is_module(model: object) -> None:
@@ -174,21 +177,21 @@ def check_is_module(model: object) -> None:
         raise TypeError(f"expected a torch.nn.Module, such as a model of transformers, not {type(model).__name__}")
 
 
-def survey(model: nn.Module, allow_meta: bool = False) -> list[tuple[LayerRow, nn.Module]]:
-    """A row for each encoder layer, with the layer itself."""
-    check_is_module(model)
-    sites: dict[str, list[AttentionSite]] = {}
+def survey(
+    model: nn.Module, known: dict[str, fingerprints.Known], sites: list[AttentionSite], allow_meta: bool = False
+) -> list[tuple[LayerRow, nn.Module]]:
+    """A row for each encoder layer, with the layer itself; `known` and `sites` are what is understood of the model."""
+    by_layer: dict[str, list[AttentionSite]] = {}
     around: set[str] = set()  # containers of such layers are no layers
-    for site in find_sites(model):
+    for site in sites:
         path = _layer_around(site, model)
-        sites.setdefault(path, []).append(site)
+        by_layer.setdefault(path, []).append(site)
         around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
-    known = fingerprints.find_all(model)
     inside = tuple(f"{name}." for name in known)  # the parts of a layer are no layers (T5 keeps them in lists)
     for name, module in model.named_modules():
-        if name in sites:
-            rows.append((_row_of_attention(name, module, sites[name]), module))
+        if name in by_layer:
+            rows.append((_row_of_attention(name, module, by_layer[name]), module))
             continue
         if name.startswith(inside) and name not in known:
             continue

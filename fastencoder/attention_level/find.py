@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .. import fingerprints
 from ..layers import FastLayer
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
@@ -38,10 +38,9 @@ class AttentionSite:
         self.module.__class__ = varlen
 
 
-def find_sites(model: nn.Module) -> list[AttentionSite]:
-    """The encoder self-attention of a model that is in no layer of a known class and calls transformers' interface."""
+def find_sites(model: nn.Module, layers: Container[str]) -> list[AttentionSite]:
+    """The encoder self-attention of a model that is in none of its understood `layers` and calls transformers' interface."""
     modules = dict(model.named_modules())
-    layers = fingerprints.find_all(model)
     known = tuple(f"{name}." for name, each in modules.items() if name and (name in layers or isinstance(each, FastLayer)))
     found = []
     for name, module in modules.items():

@@ -163,7 +163,7 @@ class _Layers:
 
     def __init__(self, model: nn.Module) -> None:
         found: dict[Hashable, Binding] = {}
-        for row, layer in survey(model):
+        for row, layer in survey(model, fingerprints.find_all(model), []):
             if row.status in ("eligible", "fast") and row.level == "layer":
                 found.setdefault(_form(layer), _without_storage(layer))
         if not found:
