@@ -217,3 +217,32 @@ def test_python_dash_m_is_the_same_command() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"fastencoder {fastencoder.__version__}\n"
+
+
+def test_explain_with_settings(monkeypatch, saved: Path) -> None:
+    from fastencoder.kernels.linear import cpu as linear_cpu
+
+    monkeypatch.setattr(linear_cpu, "float32_is_faster", lambda dtype, tokens: False)
+    monkeypatch.setattr(linear_cpu, "_multiplies", lambda dtype: True)
+
+    def said(*options: str) -> dict:
+        return json.loads(invoke("explain", str(saved), "--json", *options).stdout)
+
+    whole = said()["extra_bytes"]
+    assert whole > 0
+    assert {row["compute_dtype"] for row in said()["layers"]} == {"float32"}
+    half = said("--compute-dtype", "bf16")
+    assert half["extra_bytes"] == whole // 2
+    assert {row["compute_dtype"] for row in half["layers"]} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compute-dtype", "int8"), "--compute-dtype: 'int8' is none of bf16, fp16, fp32"),
+    ],
+)
+def test_explain_with_a_wrong_setting(options: tuple[str, str], message: str) -> None:
+    result = invoke("explain", "bert", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -36,7 +36,9 @@ def run_layer(
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)
     program = {"post": _post_ln, "pre": _pre_ln, "residual": _residual_ln}[spec.adapter.norm_placement]
-    output = clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
+    output = clamp(program(call, x.to(working_dtype)), spec)
+    if output.dtype != x.dtype:
+        output = clamp(output.to(x.dtype), spec)
     return KINDS[spec.adapter.attention].finish(call, output)
 
 
