@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -95,6 +95,7 @@ def explain(
         str | None,
         typer.Option(help="bf16, fp16 or fp32: to_fast's compute_dtype.", show_default="the dtype of the weights"),
     ] = None,
+    memory: Annotated[str, typer.Option(help="default or lean: to_fast's memory.")] = "default",
 ) -> None:
     """Show what to_fast() would do with a model, layer by layer, and why.
 
@@ -102,6 +103,7 @@ def explain(
     """
     if compute_dtype is not None:
         known_or_fail("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)
+    known_or_fail("--memory", memory, ("default", "lean"))
     try:
         net, notes = load_model(model)
     except ModelNotFound as error:
@@ -111,7 +113,7 @@ def explain(
     import fastencoder
 
     dtype = None if compute_dtype is None else getattr(torch, _COMPUTE_DTYPES[compute_dtype])
-    report = fastencoder.explain(net, compute_dtype=dtype)
+    report = fastencoder.explain(net, compute_dtype=dtype, memory=cast(Any, memory))
     if as_json:
         described = {"model": model, "model_class": type(net).__name__, "notes": notes, **report.to_dict()}
         typer.echo(json.dumps(described, indent=2))

@@ -26,7 +26,7 @@ from .layers import (
     Stack,
     fast_class,
 )
-from .layers.settings import Settings
+from .layers.settings import Memory, Settings
 from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
 from .spec import Adapter
@@ -63,6 +63,7 @@ def to_fast(
     cuda_graphs: bool = False,
     *,
     compute_dtype: torch.dtype | None = None,
+    memory: Memory = "default",
 ) -> Model:
     """Makes a model's encoder layers fast, in place.
 
@@ -84,19 +85,22 @@ def to_fast(
             the layers. None, or the dtype that a layer has already, changes nothing. Nor does a 16-bit dtype on a processor
             that is no faster in it (x86 without AMX): there the layers compute in the dtype of their parameters. Calls that run
             the original layers compute in the dtype of the parameters, always. `explain` says what a layer computes in.
+        memory: "default" keeps the linear weights once more on the CPU, in the layout that oneDNN multiplies fastest. "lean"
+            keeps no copy: the parameters are multiplied as they are (those of queries, keys and values move into one storage,
+            and out of it in `reverse`). `explain` says how many bytes each takes. No effect on CUDA, which never needs it.
 
     Returns:
         The same object.
 
     Raises:
         NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was. A layer that
-            cannot compute in `compute_dtype` is refused: one whose attention alone would be fast, or one with an opaque
-            part (a LoRA adapter, say).
+            cannot compute in `compute_dtype` is refused: one whose attention alone would be fast, one with an opaque part (a
+            LoRA adapter, say), and any that would need a copy of its weights with `memory="lean"`.
         AlreadyFastError: the model is fast already, whatever it was converted with.
-        ValueError: `compute_dtype` is none of the values above.
+        ValueError: `compute_dtype` or `memory` is none of the values above.
         TypeError: `model` is not a module.
     """
-    settings = Settings(compute_dtype)
+    settings = Settings(compute_dtype, memory)
     if is_fast(model):
         raise AlreadyFastError(
             f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew, also with other settings."
@@ -267,9 +271,10 @@ def fast(
     cuda_graphs: bool = False,
     *,
     compute_dtype: torch.dtype | None = None,
+    memory: Memory = "default",
 ) -> Iterator[Model]:
     """Fast inside the block only: `with fast(model): ...`. Takes and raises what `to_fast` does."""
-    to_fast(model, strict, cuda_graphs, compute_dtype=compute_dtype)
+    to_fast(model, strict, cuda_graphs, compute_dtype=compute_dtype, memory=memory)
     try:
         yield model
     finally:

@@ -15,7 +15,7 @@ from .attention_level import AttentionSite, AttentionState, VarlenAttention, fin
 from .eligibility import Finding, inspect_layer
 from .families.left_out import LEFT_OUT
 from .layers import FastLayer, LayerState, trial
-from .layers.settings import Settings, computing_dtype, fastest_dtype, plain_weights, refusal
+from .layers.settings import Memory, Settings, computing_dtype, fastest_dtype, plain_weights, refusal
 from .layers.weights import extra_bytes
 from .spec import LayerSpec
 
@@ -43,6 +43,8 @@ class LayerRow:
         notes: how it is known what it computes, if not by its class's name; and where it does not compute in the dtype that was
             asked for.
         compute_dtype: what it computes in ("float32", "bfloat16", ...); None where its own code computes.
+        lean_bytes: what `extra_bytes` would be with `memory="lean"`; None where that cannot be, because what it computes in
+            takes a copy of its weights.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LayerRow:
     extra_bytes: int
     notes: tuple[str, ...] = ()
     compute_dtype: str | None = None
+    lean_bytes: int | None = 0
 
 
 class Report:
@@ -91,6 +94,12 @@ class Report:
         """Bytes beside the model's own parameters, of all layers that are or would be fast."""
         return sum(row.extra_bytes for row in self.rows)
 
+    @property
+    def lean_bytes(self) -> int | None:
+        """What `extra_bytes` would be with `memory="lean"`; None where that cannot be."""
+        each = [row.lean_bytes for row in self.rows]
+        return None if None in each else sum(bytes_ for bytes_ in each if bytes_)
+
     def summary(self) -> str:
         """One line."""
         counts = [(len(self._with(status)), status) for status in ("fast", "eligible", "refused", "left alone")]
@@ -104,7 +113,8 @@ class Report:
     def _memory(self) -> str:
         if not self.extra_bytes:
             return ""
-        return f"; extra memory {self.extra_bytes / 2**20:,.1f} MiB"
+        lean = "" if self.lean_bytes is None else f", with memory=\"lean\" {self.lean_bytes / 2**20:,.1f} MiB"
+        return f"; extra memory {self.extra_bytes / 2**20:,.1f} MiB{lean}"
 
     def reasons(self, *statuses: str) -> str:
         """Each distinct reason once, with the layers that it holds for, as indented lines."""
@@ -148,6 +158,7 @@ class Report:
             "model_class": self.model_class,
             "eligible": self.eligible,
             "extra_bytes": self.extra_bytes,
+            "lean_bytes": self.lean_bytes,
             "layers": [asdict(row) for row in self.rows],
         }
 
@@ -171,20 +182,21 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Report:
+def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None, memory: Memory = "default") -> Report:
     """Says for every encoder layer of a model whether it is fast, could be, or why it cannot. Touches nothing.
 
     A model whose weights are on the meta device is judged as if they were loaded.
 
     Args:
         model: a module, fast or not.
-        compute_dtype: as for `to_fast`: what a conversion with it would do. Layers that are fast already have their own.
+        compute_dtype, memory: as for `to_fast`: what a conversion with them would do. Layers that are fast already have their
+            own.
 
     Raises:
-        ValueError: `compute_dtype` has a value that `to_fast` does not take.
+        ValueError: `compute_dtype` or `memory` has a value that `to_fast` does not take.
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    settings = Settings(compute_dtype)
+    settings = Settings(compute_dtype, memory)
     check_is_module(model)
     known = fingerprints.find_all(model)
     rows = survey(model, known, find_sites(model, known), settings, allow_meta=True)
@@ -284,6 +296,7 @@ def _with_costs(row: LayerRow, layer: nn.Module, spec: LayerSpec, settings: Sett
     """The row of a layer with what it computes in, and the memory that it takes for that."""
     weights = plain_weights(layer, spec)
     dtype = computing_dtype(settings, spec, weights)
+    lean = replace(settings, memory="lean")
     notes = row.notes
     if settings.compute_dtype not in (None, dtype):
         why = refusal(settings, spec, weights) or f"this processor is no faster in {_short(settings.compute_dtype)}"
@@ -293,6 +306,7 @@ def _with_costs(row: LayerRow, layer: nn.Module, spec: LayerSpec, settings: Sett
         extra_bytes=extra_bytes(spec, weights, settings),
         notes=notes,
         compute_dtype=_short(dtype),
+        lean_bytes=None if dtype != weights[0].dtype else extra_bytes(spec, weights, lean),
     )
 
 

@@ -230,15 +230,21 @@ def test_explain_with_settings(monkeypatch, saved: Path) -> None:
 
     whole = said()["extra_bytes"]
     assert whole > 0
+    assert said()["lean_bytes"] == said("--memory", "lean")["extra_bytes"] == 0
     assert {row["compute_dtype"] for row in said()["layers"]} == {"float32"}
     half = said("--compute-dtype", "bf16")
     assert half["extra_bytes"] == whole // 2
+    assert half["lean_bytes"] is None
     assert {row["compute_dtype"] for row in half["layers"]} == {"bfloat16"}
+    refused = invoke("explain", str(saved), "--compute-dtype", "bf16", "--memory", "lean", "--json")
+    assert refused.exit_code == 1
+    assert "leave one of the two out" in json.loads(refused.stdout)["layers"][0]["reasons"][0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--memory", "leen"), "--memory: 'leen' is none of default, lean; did you mean lean?"),
         (("--compute-dtype", "int8"), "--compute-dtype: 'int8' is none of bf16, fp16, fp32"),
     ],
 )

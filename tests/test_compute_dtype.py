@@ -165,6 +165,7 @@ def test_memory_is_what_explain_says(fast_in_16_bits) -> None:
     assert sum(weight.numel() * weight.element_size() for weight in kept) == linear // 2
     for report in (promised, explain(model)):
         assert report.extra_bytes == linear // 2
+        assert report.lean_bytes is None
         assert {row.compute_dtype for row in report} == {"bfloat16"}
         assert "computes in bfloat16" in report.summary()
 

@@ -1,8 +1,9 @@
-"""In which dtype a layer computes: `to_fast`'s `compute_dtype`."""
+"""In which dtype a layer computes and what memory it may take for that: `to_fast`'s `compute_dtype` and `memory`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from ..kernels.linear import cpu as linear_cpu
 from ..parts import linear_at, lookup
 from ..spec import LINEAR_SLOTS, NORM_SLOTS, LayerSpec
 
+Memory = Literal["default", "lean"]
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MANY = 2**20  # tokens
 
@@ -21,17 +23,21 @@ class Settings:
 
     Args:
         compute_dtype: one of `COMPUTE_DTYPES`; None computes in the dtype of the parameters.
+        memory: "default" keeps each linear weight once more where that is faster, "lean" never does.
 
     Raises:
         ValueError: another value.
     """
 
     compute_dtype: torch.dtype | None = None
+    memory: Memory = "default"
 
     def __post_init__(self) -> None:
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             allowed = ", ".join(map(str, COMPUTE_DTYPES))
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it may be None, {allowed}")
+        if self.memory not in get_args(Memory):
+            raise ValueError(f"memory is {self.memory!r}; it may be {' or '.join(map(repr, get_args(Memory)))}")
 
 
 DEFAULT = Settings()
@@ -68,6 +74,8 @@ def refusal(settings: Settings, spec: LayerSpec, weights: list[torch.Tensor]) ->
     if wanted == weights[0].dtype:
         return None
     without = "convert without compute_dtype"
+    if settings.memory == "lean":
+        return f"{wanted} takes a copy of the weights, which memory='lean' does not keep: leave one of the two out"
     if spec.opaque:
         slots = ", ".join(sorted(spec.names.given(LINEAR_SLOTS)[slot] for slot in spec.opaque))
         return f"{slots} is no plain linear and computes in its own dtype, not in {wanted}: merge it, or {without}"

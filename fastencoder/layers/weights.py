@@ -4,7 +4,7 @@ Layouts, one for all plain slots of a layer:
 
 - "prepacked": on the CPU oneDNN keeps a copy of each weight in its own layout (queries, keys and values as one), in the dtype
   that the layer computes in.
-- "joined": on CUDA the parameters of queries, keys and values move into one storage,
+- "joined": on CUDA, and on the CPU with `memory="lean"`, the parameters of queries, keys and values move into one storage,
   where they are one weight, and so do the two halves of a gated feed-forward block. Nothing is copied.
 - "cast": where the layer computes in another dtype than that of its parameters, and oneDNN has no part in it, a copy of each
   weight in that dtype. The parameters stay as they are.
@@ -178,7 +178,7 @@ def extra_bytes(spec: LayerSpec, weights: list[torch.Tensor], settings: Settings
     own, computing = weights[0].dtype, computing_dtype(settings, spec, weights)
     if computing != own:
         return spec.linear_bytes // own.itemsize * computing.itemsize
-    return spec.linear_bytes if _may_prepack(weights[0]) else 0
+    return spec.linear_bytes if settings.memory == "default" and _may_prepack(weights[0]) else 0
 
 
 def joinable(layer: nn.Module, names: NameMap) -> list[list[Any]]:
@@ -208,7 +208,7 @@ def _layout(binding: Binding, settings: Settings, dtype: torch.dtype) -> Layout:
     on_cpu = weights[0].device.type == "cpu" and not on_gpu(weights[0].device)
     if dtype != weights[0].dtype:
         return "prepacked" if on_cpu and linear_cpu.can_prepack(weights[0].new_empty(0, 0, dtype=dtype)) else "cast"
-    if on_gpu(weights[0].device):
+    if on_gpu(weights[0].device) or (on_cpu and settings.memory == "lean"):
         own = len({id(weight) for weight in weights}) == len(weights)  # not tied to one another
         return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"
