@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 
 native = Extension(
     "fastencoder._native",
-    sources=["fastencoder/native/module.cpp", "fastencoder/native/avx2.cpp", "fastencoder/native/avx512.cpp"],
+    sources=[f"fastencoder/native/{name}.cpp" for name in ("module", "tasks", "avx2", "avx512")],
     depends=sorted(map(str, Path("fastencoder/native").glob("*.[hi]*"))),
     # No -ffast-math: NaN and infinity have to come out where they go in.
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MOST_BYTES = 8 * 2**30  # of a model that is given memory
 
 #: Every table is made to fit this many columns; output that goes to a file or a pipe is this wide.
@@ -90,18 +91,29 @@ def explain(
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp16 or fp32: to_fast's compute_dtype.", show_default="the dtype of the weights"),
+    ] = None,
+    memory: Annotated[str, typer.Option(help="default or lean: to_fast's memory.")] = "default",
 ) -> None:
     """Show what to_fast() would do with a model, layer by layer, and why.
 
     Exit status: 0 the model would be made fast, 1 it would be refused, 2 MODEL was not found.
     """
+    if compute_dtype is not None:
+        known_or_fail("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)
+    known_or_fail("--memory", memory, ("default", "lean"))
     try:
         net, notes = load_model(model)
     except ModelNotFound as error:
         fail(str(error))
+    import torch
+
     import fastencoder
 
-    report = fastencoder.explain(net)
+    dtype = None if compute_dtype is None else getattr(torch, _COMPUTE_DTYPES[compute_dtype])
+    report = fastencoder.explain(net, compute_dtype=dtype, memory=cast(Any, memory))
     if as_json:
         described = {"model": model, "model_class": type(net).__name__, "notes": notes, **report.to_dict()}
         typer.echo(json.dumps(described, indent=2))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from . import fingerprints, registry
@@ -25,7 +26,8 @@ from .layers import (
     Stack,
     fast_class,
 )
-from .report import Report, check_is_module, survey
+from .layers.settings import Memory, Settings
+from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
 from .spec import Adapter
 
@@ -55,7 +57,14 @@ class NotFastError(ValueError):
     """Nothing in the model is fast."""
 
 
-def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Model:
+def to_fast(
+    model: Model,
+    strict: bool = True,
+    cuda_graphs: bool = False,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    memory: Memory = "default",
+) -> Model:
     """Makes a model's encoder layers fast, in place.
 
     Answers do not change: what the fused layers cannot compute exactly (a custom attention mask, `output_attentions`,
@@ -71,22 +80,38 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
         cuda_graphs: on a CUDA device, run batches of up to 4,096 packed tokens as CUDA graphs, captured when a bucket of
             shapes comes for the second time (`warmup` captures ahead of traffic). It takes memory for the largest bucket's
             activations, and helps where launching kernels takes longer than running them. No effect on a CPU.
+        compute_dtype: `torch.bfloat16`, `torch.float16` or `torch.float32`: the fast layers compute in it, from a copy of their
+            linear weights. The parameters keep their dtype and values, and so do `state_dict` and the hidden states that leave
+            the layers. None, or the dtype that a layer has already, changes nothing. Nor does a 16-bit dtype on a processor
+            that is no faster in it (x86 without AMX): there the layers compute in the dtype of their parameters. Calls that run
+            the original layers compute in the dtype of the parameters, always. `explain` says what a layer computes in.
+        memory: "default" keeps the linear weights once more on the CPU, in the layout that oneDNN multiplies fastest. "lean"
+            keeps no copy: the parameters are multiplied as they are (those of queries, keys and values move into one storage,
+            and out of it in `reverse`). `explain` says how many bytes each takes. No effect on CUDA, which never needs it.
 
     Returns:
         The same object.
 
     Raises:
-        NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was.
-        AlreadyFastError: the model is fast already.
+        NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was. A layer that
+            cannot compute in `compute_dtype` is refused: one whose attention alone would be fast, one with an opaque part (a
+            LoRA adapter, say), and any that would need a copy of its weights with `memory="lean"`.
+        AlreadyFastError: the model is fast already, whatever it was converted with.
+        ValueError: `compute_dtype` or `memory` is none of the values above.
         TypeError: `model` is not a module.
     """
+    settings = Settings(compute_dtype, memory)
     if is_fast(model):
-        raise AlreadyFastError(f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew.")
+        raise AlreadyFastError(
+            f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew, also with other settings."
+        )
     known = fingerprints.find_all(model)
     sites = find_sites(model, known)
-    found = survey(model, known, sites)
+    found = survey(model, known, sites, settings)
     report = Report(type(model).__name__, [row for row, _ in found])
     chosen = [(row.name, layer) for row, layer in found if row.status == "eligible" and row.level == "layer"]
+    refused = {row.name for row, _ in found if row.status == "refused"}
+    sites = [site for site in sites if layer_around(site, model) not in refused]
     if strict and any(row.status == "refused" for row in report):
         raise NotEligibleError(
             f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\n"
@@ -100,13 +125,17 @@ def to_fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Mod
             "Nothing was changed. `fastencoder models` lists what is supported.",
             report,
         )
-    _swap(model, chosen, known, cuda_graphs)
+    _swap(model, chosen, known, cuda_graphs, settings)
     _swap_attention(model, sites)
     return model
 
 
 def _swap(
-    model: nn.Module, chosen: list[tuple[str, nn.Module]], known_layers: dict[str, fingerprints.Known], cuda_graphs: bool
+    model: nn.Module,
+    chosen: list[tuple[str, nn.Module]],
+    known_layers: dict[str, fingerprints.Known],
+    cuda_graphs: bool,
+    settings: Settings,
 ) -> None:
     """Everything that can fail comes before the first change."""
     modules = dict(model.named_modules())
@@ -129,7 +158,8 @@ def _swap(
         if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers):
             # Nobody has looked at the code around these layers.
             padding_is_read = any(isinstance(module, _MIX_POSITIONS) for module in modules.values())
-        plan.append((layer, fast_class(type(layer)), LayerState(adapter, own_stack, padding_is_read, known.unproven)))
+        layer_state = LayerState(adapter, own_stack, padding_is_read, known.unproven, settings)
+        plan.append((layer, fast_class(type(layer)), layer_state))
     embeddings = [(module, EMBEDDINGS.get(registry.qualified_name(type(module)))) for module in modules.values()]
     plan += [
         (module, fast_class(type(module)), EmbeddingState(adapter)) for module, adapter in embeddings if adapter is not None
@@ -235,9 +265,16 @@ def fast_layers(model: nn.Module) -> list[FastLayer]:
 
 
 @contextmanager
-def fast(model: Model, strict: bool = True, cuda_graphs: bool = False) -> Iterator[Model]:
+def fast(
+    model: Model,
+    strict: bool = True,
+    cuda_graphs: bool = False,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    memory: Memory = "default",
+) -> Iterator[Model]:
     """Fast inside the block only: `with fast(model): ...`. Takes and raises what `to_fast` does."""
-    to_fast(model, strict=strict, cuda_graphs=cuda_graphs)
+    to_fast(model, strict, cuda_graphs, compute_dtype=compute_dtype, memory=memory)
     try:
         yield model
     finally:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from . import fingerprints, registry
@@ -14,7 +15,9 @@ from .attention_level import AttentionSite, AttentionState, VarlenAttention, fin
 from .eligibility import Finding, inspect_layer
 from .families.left_out import LEFT_OUT
 from .layers import FastLayer, LayerState, trial
+from .layers.settings import Memory, Settings, computing_dtype, fastest_dtype, plain_weights, refusal
 from .layers.weights import extra_bytes
+from .spec import LayerSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +40,11 @@ class LayerRow:
         reasons: why it is refused or left alone; for a fast layer, why calls ran its original code, if any did; at the
             level "attention", also why batches with padding run the original attention, if they do.
         extra_bytes: what it costs in memory beside the model's own parameters, once it is fast and has run.
-        notes: how it is known what it computes, if not by its class's name.
+        notes: how it is known what it computes, if not by its class's name; and where it does not compute in the dtype that was
+            asked for.
+        compute_dtype: what it computes in ("float32", "bfloat16", ...); None where its own code computes.
+        lean_bytes: what `extra_bytes` would be with `memory="lean"`; None where that cannot be, because what it computes in
+            takes a copy of its weights.
     """
 
     name: str
@@ -48,6 +55,8 @@ class LayerRow:
     reasons: tuple[str, ...]
     extra_bytes: int
     notes: tuple[str, ...] = ()
+    compute_dtype: str | None = None
+    lean_bytes: int | None = 0
 
 
 class Report:
@@ -85,12 +94,27 @@ class Report:
         """Bytes beside the model's own parameters, of all layers that are or would be fast."""
         return sum(row.extra_bytes for row in self.rows)
 
+    @property
+    def lean_bytes(self) -> int | None:
+        """What `extra_bytes` would be with `memory="lean"`; None where that cannot be."""
+        each = [row.lean_bytes for row in self.rows]
+        return None if None in each else sum(bytes_ for bytes_ in each if bytes_)
+
     def summary(self) -> str:
         """One line."""
         counts = [(len(self._with(status)), status) for status in ("fast", "eligible", "refused", "left alone")]
         said = ", ".join(f"{count} {status}" for count, status in counts if count) or "no encoder layer found"
-        memory = f"; extra memory {self.extra_bytes / 2**20:,.1f} MiB" if self.extra_bytes else ""
-        return f"{self.model_class}: {said}{memory}"
+        return f"{self.model_class}: {said}{self._computes_in()}{self._memory()}"
+
+    def _computes_in(self) -> str:
+        found = dict.fromkeys(row.compute_dtype for row in self.rows if row.compute_dtype)
+        return f"; computes in {', '.join(found)}" if found else ""
+
+    def _memory(self) -> str:
+        if not self.extra_bytes:
+            return ""
+        lean = "" if self.lean_bytes is None else f", with memory=\"lean\" {self.lean_bytes / 2**20:,.1f} MiB"
+        return f"; extra memory {self.extra_bytes / 2**20:,.1f} MiB{lean}"
 
     def reasons(self, *statuses: str) -> str:
         """Each distinct reason once, with the layers that it holds for, as indented lines."""
@@ -134,6 +158,7 @@ class Report:
             "model_class": self.model_class,
             "eligible": self.eligible,
             "extra_bytes": self.extra_bytes,
+            "lean_bytes": self.lean_bytes,
             "layers": [asdict(row) for row in self.rows],
         }
 
@@ -157,17 +182,24 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None, memory: Memory = "default") -> Report:
     """Says for every encoder layer of a model whether it is fast, could be, or why it cannot. Touches nothing.
 
     A model whose weights are on the meta device is judged as if they were loaded.
 
+    Args:
+        model: a module, fast or not.
+        compute_dtype, memory: as for `to_fast`: what a conversion with them would do. Layers that are fast already have their
+            own.
+
     Raises:
+        ValueError: `compute_dtype` or `memory` has a value that `to_fast` does not take.
         TypeError: `model` is not a `torch.nn.Module`.
     """
+    settings = Settings(compute_dtype, memory)
     check_is_module(model)
     known = fingerprints.find_all(model)
-    rows = survey(model, known, find_sites(model, known), allow_meta=True)
+    rows = survey(model, known, find_sites(model, known), settings, allow_meta=True)
     return Report(type(model).__name__, [row for row, _ in rows])
 
 
@@ -178,30 +210,34 @@ def check_is_module(model: object) -> None:
 
 
 def survey(
-    model: nn.Module, known: dict[str, fingerprints.Known], sites: list[AttentionSite], allow_meta: bool = False
+    model: nn.Module,
+    known: dict[str, fingerprints.Known],
+    sites: list[AttentionSite],
+    settings: Settings,
+    allow_meta: bool = False,
 ) -> list[tuple[LayerRow, nn.Module]]:
     """A row for each encoder layer, with the layer itself; `known` and `sites` are what is understood of the model."""
     by_layer: dict[str, list[AttentionSite]] = {}
     around: set[str] = set()  # containers of such layers are no layers
     for site in sites:
-        path = _layer_around(site, model)
+        path = layer_around(site, model)
         by_layer.setdefault(path, []).append(site)
         around.update(path[:end] for end, letter in enumerate(path) if letter == ".")
     rows = []
     inside = tuple(f"{name}." for name in known)  # the parts of a layer are no layers (T5 keeps them in lists)
     for name, module in model.named_modules():
         if name in by_layer:
-            rows.append((_row_of_attention(name, module, by_layer[name]), module))
+            rows.append((_row_of_attention(name, module, by_layer[name], settings), module))
             continue
         if name.startswith(inside) and name not in known:
             continue
-        row = _row(name, module, known.get(name), allow_meta)
+        row = _row(name, module, known.get(name), settings, allow_meta)
         if row is not None and not (row.level is None and name in around):
             rows.append((row, module))
     return rows
 
 
-def _layer_around(site: AttentionSite, model: nn.Module) -> str:
+def layer_around(site: AttentionSite, model: nn.Module) -> str:
     """The innermost element of a list that has weights beside this attention; the attention itself if there is none."""
     path = site.name
     while path := path.rpartition(".")[0]:
@@ -213,18 +249,24 @@ def _layer_around(site: AttentionSite, model: nn.Module) -> str:
     return site.name
 
 
-def _row_of_attention(name: str, module: nn.Module, sites: list[AttentionSite]) -> LayerRow:
+def _row_of_attention(name: str, module: nn.Module, sites: list[AttentionSite], settings: Settings) -> LayerRow:
     converted = [site.module for site in sites if isinstance(site.module, VarlenAttention)]
     reasons = dict.fromkeys(site.padding_is_read for site in sites if site.padding_is_read)
     kept = tuple(f"padding stays in the attention: {reason}" for reason in reasons)
     for attention in converted:
         kept += _delegations(attention._fastencoder_attention, "attention")
-    layer_class = own_class(module)
+    class_name = registry.qualified_name(own_class(module))
+    weight = next(module.parameters(), None)
+    if not converted and weight is not None and fastest_dtype(settings.compute_dtype, weight) != weight.dtype:
+        reason = f"only its attention is understood, so it cannot compute in {settings.compute_dtype}"
+        return LayerRow(name, class_name, None, None, "refused", (f"{reason}: convert without compute_dtype",), 0)
     status = "fast" if converted else "eligible"
-    return LayerRow(name, registry.qualified_name(layer_class), None, "attention", status, tuple(dict.fromkeys(kept)), 0)
+    return LayerRow(name, class_name, None, "attention", status, tuple(dict.fromkeys(kept)), 0)
 
 
-def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_meta: bool) -> LayerRow | None:
+def _row(
+    name: str, module: nn.Module, known: fingerprints.Known | None, settings: Settings, allow_meta: bool
+) -> LayerRow | None:
     if isinstance(module, FastLayer):  # it keeps its adapter, whatever the registry says by now
         layer_class, adapter = module.original_class, module._fastencoder.adapter
     else:
@@ -235,17 +277,41 @@ def _row(name: str, module: nn.Module, known: fingerprints.Known | None, allow_m
         layer_class, adapter = type(module), known.adapter.of(module)
     class_name = registry.qualified_name(layer_class)
     finding = inspect_layer(module, layer_class, adapter, allow_meta)
-    memory = extra_bytes(finding.spec, next(module.parameters())) if finding.spec else 0
-    notes = _notes(module, known)
     if isinstance(module, FastLayer):
+        settings = module._fastencoder.settings
         reasons = _delegations(module._fastencoder, "layer")
-        return LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, memory, notes)
-    failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
-    if finding.spec and failed is not None:
-        return LayerRow(name, class_name, adapter.family, None, "refused", (failed,), 0)
+        row = LayerRow(name, class_name, adapter.family, "layer", "fast", reasons, 0, _notes(module, known))
+        return _with_costs(row, module, finding.spec, settings) if finding.spec else row
     if not finding.spec:
         return LayerRow(name, class_name, adapter.family, None, _status(finding), finding.reasons, 0)
-    return LayerRow(name, class_name, adapter.family, "layer", "eligible", (), memory, notes)
+    failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
+    failed = failed or refusal(settings, finding.spec, plain_weights(module, finding.spec))
+    if failed is not None:
+        return LayerRow(name, class_name, adapter.family, None, "refused", (failed,), 0)
+    row = LayerRow(name, class_name, adapter.family, "layer", "eligible", (), 0, _notes(module, known))
+    return _with_costs(row, module, finding.spec, settings)
+
+
+def _with_costs(row: LayerRow, layer: nn.Module, spec: LayerSpec, settings: Settings) -> LayerRow:
+    """The row of a layer with what it computes in, and the memory that it takes for that."""
+    weights = plain_weights(layer, spec)
+    dtype = computing_dtype(settings, spec, weights)
+    lean = replace(settings, memory="lean")
+    notes = row.notes
+    if settings.compute_dtype not in (None, dtype):
+        why = refusal(settings, spec, weights) or f"this processor is no faster in {_short(settings.compute_dtype)}"
+        notes += (f"computes in {_short(dtype)}: {why}",)
+    return replace(
+        row,
+        extra_bytes=extra_bytes(spec, weights, settings),
+        notes=notes,
+        compute_dtype=_short(dtype),
+        lean_bytes=None if dtype != weights[0].dtype else extra_bytes(spec, weights, lean),
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _notes(module: nn.Module, known: fingerprints.Known | None) -> tuple[str, ...]:

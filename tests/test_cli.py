@@ -217,3 +217,38 @@ def test_python_dash_m_is_the_same_command() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"fastencoder {fastencoder.__version__}\n"
+
+
+def test_explain_with_settings(monkeypatch, saved: Path) -> None:
+    from fastencoder.kernels.linear import cpu as linear_cpu
+
+    monkeypatch.setattr(linear_cpu, "float32_is_faster", lambda dtype, tokens: False)
+    monkeypatch.setattr(linear_cpu, "_multiplies", lambda dtype: True)
+
+    def said(*options: str) -> dict:
+        return json.loads(invoke("explain", str(saved), "--json", *options).stdout)
+
+    whole = said()["extra_bytes"]
+    assert whole > 0
+    assert said()["lean_bytes"] == said("--memory", "lean")["extra_bytes"] == 0
+    assert {row["compute_dtype"] for row in said()["layers"]} == {"float32"}
+    half = said("--compute-dtype", "bf16")
+    assert half["extra_bytes"] == whole // 2
+    assert half["lean_bytes"] is None
+    assert {row["compute_dtype"] for row in half["layers"]} == {"bfloat16"}
+    refused = invoke("explain", str(saved), "--compute-dtype", "bf16", "--memory", "lean", "--json")
+    assert refused.exit_code == 1
+    assert "leave one of the two out" in json.loads(refused.stdout)["layers"][0]["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory", "leen"), "--memory: 'leen' is none of default, lean; did you mean lean?"),
+        (("--compute-dtype", "int8"), "--compute-dtype: 'int8' is none of bf16, fp16, fp32"),
+    ],
+)
+def test_explain_with_a_wrong_setting(options: tuple[str, str], message: str) -> None:
+    result = invoke("explain", "bert", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

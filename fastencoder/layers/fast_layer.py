@@ -24,6 +24,7 @@ from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
 from .joined import separate
 from .program import run_layer
+from .settings import DEFAULT, Settings
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .weights import Projections, joinable
 from .whole import input_of, run_whole
@@ -39,12 +40,19 @@ class LayerState:
         last_reason: why the latest delegated call was.
         to_prove: the kinds of calls in which the layer has yet to agree with its own forward (`trial`); none if its source is
             that of a tested version.
+        settings: in which dtype it computes, and what memory it may take.
     """
 
     def __init__(
-        self, adapter: Adapter, stack: Stack | None, padding_is_read: bool = False, unproven: bool = False
+        self,
+        adapter: Adapter,
+        stack: Stack | None,
+        padding_is_read: bool = False,
+        unproven: bool = False,
+        settings: Settings = DEFAULT,
     ) -> None:
         self.adapter = adapter
+        self.settings = settings
         self.stack = stack
         self.padding_is_read = padding_is_read
         self.to_prove: tuple[str, ...] = trial.KINDS if unproven else ()
@@ -63,7 +71,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer finds its own parts and weights.
-        kept = ("adapter", "stack", "padding_is_read", "joined", "to_prove")
+        kept = ("adapter", "settings", "stack", "padding_is_read", "joined", "to_prove")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,6 +93,11 @@ class LayerState:
         said = self.adapter.padding_is_read
         return self.padding_is_read or (bool(lookup(layer, said)) if isinstance(said, str) else said)
 
+    def leaving(self, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
+        """Packed tokens `[T, D]` in the dtype of the padded hidden states that they came from."""
+        own = batch.values.dtype
+        return values if self.settings.compute_dtype in (None, own) else values.to(own)
+
     def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
         """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
         binding, projections = self.binding, self.projections
@@ -94,7 +107,7 @@ class LayerState:
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
         if projections is None:  # before anything else can end this call: they watch the tensors that were checked
-            projections = self.projections = Projections(binding)
+            projections = self.projections = Projections(binding, self.settings)
             self.joined = self.joined or projections.layout == "joined"
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
@@ -145,7 +158,9 @@ class FastLayer(nn.Module):
         binding, projections = state.ready(self)
         if state.to_prove:
             self._prove(call, hidden, args, kwargs)
-        fits = hidden.dtype == projections.dtype or (binding.spec.wide and hidden.dtype == torch.float32)
+        carried = call is not None and call.carried is hidden  # in the dtype in which the layers compute
+        dtype = call.batch.values.dtype if carried else hidden.dtype
+        fits = dtype == projections.dtype or (binding.spec.wide and dtype == torch.float32)
         if not fits or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
@@ -210,7 +225,7 @@ class FastLayer(nn.Module):
                 if call.whole_output is not None:
                     call.whole_input = hidden
                     return self._pass_on(adapter, call)
-        values = run(batch, batch.take(hidden))
+        values = run(batch, self._fastencoder.projections.entering(batch.take(hidden)))
         return self._hand_over(adapter, call, batch, values)
 
     def _run_carried(self, run: Run, adapter: Adapter, call: StackCall) -> Any:
@@ -223,7 +238,7 @@ class FastLayer(nn.Module):
         if call is not None and call.advance(self) and call.may_carry and isinstance(call.next_layer(), FastLayer):
             call.carried = values.unsqueeze(0)
             return _as_original(adapter, call.carried)
-        return _as_original(adapter, _padded(adapter, batch, values))
+        return _as_original(adapter, _padded(adapter, batch, self._fastencoder.leaving(batch, values)))
 
     def _pass_on(self, adapter: Adapter, call: StackCall) -> Any:
         """All layers have run already: the last one returns what came out, those before it a stand-in of its shape."""
@@ -285,7 +300,7 @@ class FastLayer(nn.Module):
             if call.carried is not None:
                 carried = call.carried
                 values = carried[0] if call.whole_output is None else input_of(call, call.batch)
-                padded = _padded(self._fastencoder.adapter, call.batch, values)
+                padded = _padded(self._fastencoder.adapter, call.batch, self._fastencoder.leaving(call.batch, values))
                 args = tuple(padded if value is carried else value for value in args)
                 kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
                 call.carried = call.whole_output = None

@@ -30,13 +30,17 @@ def run_layer(
 
     `layer`, `arguments`, the call's own by name, and `mask` are there for the kinds of attention that need them.
     """
-    spec = binding.spec
-    call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
+    spec, native = binding.spec, projections.native_layer
     working_dtype = projections.working_dtype(x.shape[0])
+    if native is not None and native.runs(x, working_dtype):
+        return native(binding, batch, x.to(working_dtype)).to(x.dtype)
+    call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)
     program = {"post": _post_ln, "pre": _pre_ln, "residual": _residual_ln}[spec.adapter.norm_placement]
-    output = clamp(program(call, x.to(working_dtype)).to(x.dtype), spec)
+    output = clamp(program(call, x.to(working_dtype)), spec)
+    if output.dtype != x.dtype:
+        output = clamp(output.to(x.dtype), spec)
     return KINDS[spec.adapter.attention].finish(call, output)
 
 

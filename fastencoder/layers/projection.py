@@ -28,26 +28,44 @@ class Plain:
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        if weight.dtype != x.dtype:
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return kernels.linear(x, weight, bias, activation, residual, scale=scale)
+        return kernels.linear(x, self.weight(x.dtype), self.bias(x.dtype), activation, residual, scale=scale)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[N, K]` in this dtype."""
+        return self.linear.weight.to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """`[N]` in this dtype, or None. It is small, so no copy of it is kept."""
+        return None if self.linear.bias is None else self.linear.bias.to(dtype)
 
     def sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """For `add_norm`: the product `[T, N]`, or its partial sums `[P, T, N]` and the bias that is still to be added. Few
         tokens leave most of a GPU idle unless the sum over K is divided."""
-        weight = self.linear.weight
-        if device_kind(x) == "cuda" and kernels.partial_splits(x.shape[0], *weight.shape, x.dtype, x.device) > 1:
-            return kernels.linear_partial(x, weight), self.linear.bias
+        shape = self.linear.weight.shape
+        if device_kind(x) == "cuda" and kernels.partial_splits(x.shape[0], *shape, x.dtype, x.device) > 1:
+            return kernels.linear_partial(x, self.weight(x.dtype)), self.bias(x.dtype)
         return self(x), None
 
 
-class Prepacked(Plain):
-    """A copy of the weight in the layout that is multiplied fastest; the bias stays the module's own."""
+class Cast(Plain):
+    """A copy of the weight in the dtype in which the layer computes; the bias stays the module's own."""
 
-    def __init__(self, linear: Any) -> None:
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
         super().__init__(linear)
-        self._weight = linear_cpu.prepack(linear.weight)
+        self._weight = linear.weight.detach().to(dtype)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._weight if dtype == self._weight.dtype else super().weight(dtype)
+
+
+class Prepacked(Plain):
+    """A copy of the weight in the layout that is multiplied fastest, in the dtype in which the layer computes; the bias stays
+    the module's own."""
+
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+        super().__init__(linear)
+        self._dtype = dtype
+        self.packed = linear_cpu.prepack(linear.weight.to(dtype))
 
     def __call__(
         self,
@@ -56,9 +74,9 @@ class Prepacked(Plain):
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not linear_cpu.takes(self._weight, self.linear.weight.dtype, x.dtype):
+        if not linear_cpu.takes(self.packed, self._dtype, x.dtype):
             return super().__call__(x, activation, residual, scale)
-        return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual, scale=scale)
+        return linear_cpu.linear_prepacked(x, self.packed, self.bias(x.dtype), activation, residual, scale=scale)
 
 
 class Opaque:

@@ -33,6 +33,7 @@ from . import trial
 from .arguments import parameter_names
 from .guards import RECORDED_OUTSIDE, WITHOUT_EFFECT
 from .program import clamp
+from .settings import computing_dtype, plain_weights
 from .stack import Stack, StackCall, collected_outputs, constant_in_graphs
 
 # Other subclasses of tensors have a meaning of their own. The last two stand for plain tensors while a graph is made.
@@ -49,16 +50,24 @@ class TracedBatch:
         offsets: int32 `[B + 1]`; empty if the mask turns out not to be key padding: then T = B * S, too.
         mask: what the layer was given, None if nothing.
         batch, seqlen: B and S.
+        dtype: of the padded hidden states.
     """
 
     def __init__(
-        self, indices: torch.Tensor | None, offsets: torch.Tensor, mask: torch.Tensor | None, batch: int, seqlen: int
+        self,
+        indices: torch.Tensor | None,
+        offsets: torch.Tensor,
+        mask: torch.Tensor | None,
+        batch: int,
+        seqlen: int,
+        dtype: torch.dtype,
     ) -> None:
         self.indices = indices
         self.offsets = offsets
         self.mask = mask
         self.batch = batch
         self.seqlen = seqlen
+        self.dtype = dtype
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """The tokens that are kept, `[T, D]`, of `hidden` `[B, S, D]`."""
@@ -94,7 +103,8 @@ def forward(layer: nn.Module, call: StackCall | None, args: tuple, kwargs: dict[
     to_prove = layer._fastencoder.to_prove
     unproven = bool(to_prove) and (trial.UNMASKED if mask is None else trial.MASKED) in to_prove
     spec = None if unproven or _is_refused(layer, hidden, others) else _spec(layer, _implementation(layer, adapter))
-    if spec is None or not _fits(layer, spec, hidden) or not (carried or _is_readable(layer, spec, hidden, mask)):
+    dtype = call.batch.dtype if carried else hidden.dtype
+    if spec is None or not _fits(layer, spec, hidden, dtype) or not (carried or _is_readable(layer, spec, hidden, mask)):
         return layer._forward_original(call, args, kwargs)
     if carried:
         batch, values = call.batch, hidden[0]
@@ -103,12 +113,13 @@ def forward(layer: nn.Module, call: StackCall | None, args: tuple, kwargs: dict[
         hidden = hidden.transpose(0, 1) if adapter.time_major else hidden
         batch = _geometry(layer._fastencoder.stack, call, hidden, mask, adapter)
         values = batch.take(hidden)
-    values = _run(layer, spec, batch, values)
+    computing = _computing_dtype(layer, _implementation(layer, adapter))
+    values = _run(layer, spec, batch, values if values.dtype == computing else values.to(computing))
     on_turn = call is not None and call.advance(layer)
     if on_turn and call.may_carry and hasattr(type(call.next_layer()), "original_class"):  # a fast layer
         call.carried = output = values.unsqueeze(0)
     else:
-        output = batch.to_padded(values)
+        output = batch.to_padded(values if values.dtype == batch.dtype else values.to(batch.dtype))
         output = output.transpose(0, 1) if adapter.time_major else output
     return output if adapter.extra_outputs is None else (output, *(None,) * adapter.extra_outputs)
 
@@ -130,9 +141,10 @@ def _is_refused(layer: nn.Module, hidden: Any, others: dict[str, Any]) -> bool:
     return _any_touched(layer)
 
 
-def _fits(layer: nn.Module, spec: LayerSpec, hidden: torch.Tensor) -> bool:
+def _fits(layer: nn.Module, spec: LayerSpec, hidden: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether hidden states, in `dtype` before they were packed, have the dtype and device of the weights."""
     weight = lookup(layer, spec.names.query).weight
-    return hidden.dtype == weight.dtype and hidden.device == weight.device
+    return dtype == weight.dtype and hidden.device == weight.device
 
 
 def _any_touched(layer: nn.Module) -> bool:
@@ -202,10 +214,10 @@ def _geometry(
         return known
     if mask is None:
         offsets = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * seqlen
-        found = TracedBatch(None, offsets, None, batch, seqlen)
+        found = TracedBatch(None, offsets, None, batch, seqlen, hidden.dtype)
     else:
         indices, offsets = torch.ops.fastencoder.padding_geometry(mask, batch, seqlen, adapter.mask_marks)
-        found = TracedBatch(indices, offsets, mask, batch, seqlen)
+        found = TracedBatch(indices, offsets, mask, batch, seqlen, hidden.dtype)
     if call is not None:
         call.keep_batch(mask, found)
         if call.may_carry is None:
@@ -229,17 +241,21 @@ def _is_causal_without_mask(attention: nn.Module) -> bool:
 
 
 def _run(layer: nn.Module, spec: LayerSpec, batch: TracedBatch, x: torch.Tensor) -> torch.Tensor:
-    """What `program.run_layer` computes, from the model's own parameters: `[T, D]` -> `[T, D]`."""
+    """What `program.run_layer` computes, from the model's own parameters: `[T, D]` -> `[T, D]`, in the dtype of `x`.
+
+    Parameters of another dtype are cast inside the graph, so that there is no copy that could be stale."""
     names = spec.names
     norm1, norm2 = lookup(layer, names.norm1), lookup(layer, names.norm2)
+    weight1, bias1, weight2, bias2 = (_in(x.dtype, each) for each in (norm1.weight, norm1.bias, norm2.weight, norm2.bias))
     if spec.adapter.norm_placement == "post":
         mixed = _attention(layer, spec, batch, x)
-        x, _ = kernels.add_norm(mixed, x, norm1.weight, norm1.bias, norm1.eps)
-        x, _ = kernels.add_norm(_feed_forward(layer, spec, x), x, norm2.weight, norm2.bias, norm2.eps)
+        x, _ = kernels.add_norm(mixed, x, weight1, bias1, norm1.eps)
+        x, _ = kernels.add_norm(_feed_forward(layer, spec, x), x, weight2, bias2, norm2.eps)
     else:
-        scale1, scale2 = (None if path is None else lookup(layer, path) for path in (names.scale1, names.scale2))
-        mixed = _attention(layer, spec, batch, F.layer_norm(x, x.shape[1:], norm1.weight, norm1.bias, norm1.eps))
-        normed, x = kernels.add_norm(mixed, x, norm2.weight, norm2.bias, norm2.eps, scale1)
+        scales = (None if path is None else lookup(layer, path) for path in (names.scale1, names.scale2))
+        scale1, scale2 = (_in(x.dtype, scale) for scale in scales)
+        mixed = _attention(layer, spec, batch, F.layer_norm(x, x.shape[1:], weight1, bias1, norm1.eps))
+        normed, x = kernels.add_norm(mixed, x, weight2, bias2, norm2.eps, scale1)
         inner = _feed_forward(layer, spec, normed)
         x = x + inner if scale2 is None else torch.addcmul(x, inner, scale2)
     return clamp(x, spec)
@@ -257,7 +273,7 @@ def _attention(layer: nn.Module, spec: LayerSpec, batch: TracedBatch, x: torch.T
 def _feed_forward(layer: nn.Module, spec: LayerSpec, x: torch.Tensor) -> torch.Tensor:
     names = spec.names
     if spec.activation == "module":
-        inner = lookup(layer, names.activation)(_linear(layer, names.up, x))
+        inner = _in(x.dtype, lookup(layer, names.activation)(_linear(layer, names.up, x)))
     else:
         inner = _linear(layer, names.up, x, spec.activation)
     return _linear(layer, names.down, inner)
@@ -265,7 +281,12 @@ def _feed_forward(layer: nn.Module, spec: LayerSpec, x: torch.Tensor) -> torch.T
 
 def _linear(layer: nn.Module, path: str, x: torch.Tensor, activation: str = "identity") -> torch.Tensor:
     linear = lookup(layer, path)
-    return kernels.linear(x, linear.weight, linear.bias, activation)
+    return kernels.linear(x, _in(x.dtype, linear.weight), _in(x.dtype, linear.bias), activation)
+
+
+def _in(dtype: torch.dtype, tensor: Any) -> Any:
+    """A tensor in this dtype, and without a node in the graph where it has it; None for None."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _implementation(layer: nn.Module, adapter: Adapter) -> str | None:
@@ -286,6 +307,12 @@ def _spec(layer: nn.Module, implementation: str | None) -> LayerSpec | None:
         return None
     norms = [lookup(layer, path) for path in (spec.names.norm1, spec.names.norm2)]
     return spec if all(type(norm) is nn.LayerNorm for norm in norms) else None
+
+
+@constant_in_graphs
+def _computing_dtype(layer: nn.Module, implementation: str | None) -> torch.dtype | None:
+    spec = _spec(layer, implementation)
+    return None if spec is None else computing_dtype(layer._fastencoder.settings, spec, plain_weights(layer, spec))
 
 
 @constant_in_graphs
@@ -349,6 +376,8 @@ def _attend(
     under its mask, `[B or 1, 1, 1 or S, S]`, boolean or added to the scores."""
     if offsets.numel():
         return kernels.varlen_attention(q, k, v, offsets, seqlen, scale)
+    if mask.dtype not in (torch.bool, q.dtype):
+        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)  # the lowest value of a wider dtype would become -inf
     q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return mixed.transpose(1, 2).flatten(0, 1).contiguous()

@@ -24,6 +24,7 @@ from . import attention
 from .arguments import first_parameter
 from .deferred import Deferred, DistanceBias, PaddingMask, restored
 from .guards import WITHOUT_EFFECT, Delegated
+from .settings import DEFAULT
 
 TOLERANCE = 1e-4  # relative error of a token; fp32 rounding is a hundredth of it
 ATTEMPTS = 3  # to run a layer's own forward beside its fused form
@@ -191,6 +192,7 @@ def _difference(
         twin = _twin(layer, generator, {})
         twin._fastencoder = copy.copy(layer._fastencoder)
         twin._fastencoder.stack, twin._fastencoder.to_prove = None, ()
+        twin._fastencoder.settings = DEFAULT  # what a layer computes does not depend on the dtype that it computes in
         arguments = {name: _on_cpu(value, shape[batch_dim], rows) for name, value in given.items()}
         arguments[first_parameter(original_class)] = _normal(size, generator)
         if _leave_foreign_kernels(twin) and adapter.mask in arguments:

@@ -1,9 +1,16 @@
 """The projections of a layer in the form in which they are multiplied, rebuilt when the parameters change.
 
-On the CPU oneDNN keeps a copy of each weight in its own layout (queries, keys and values as one), which is the only memory
-that a conversion costs. On CUDA the parameters of queries, keys and values move into one storage, where they are one weight,
-and so do the two halves of a gated feed-forward block. Anywhere else the model's own parameters are used as they are. A slot
-that holds something else than a weight and a bias is called as it is.
+Layouts, one for all plain slots of a layer:
+
+- "prepacked": on the CPU a copy of each weight in the layout that is multiplied fastest (queries, keys and values as one), in
+  the dtype that the layer computes in.
+- "joined": on CUDA, and on the CPU with `memory="lean"`, the parameters of queries, keys and values move into one storage,
+  where they are one weight, and so do the two halves of a gated feed-forward block. Nothing is copied.
+- "cast": where the layer computes in another dtype than that of its parameters, and oneDNN has no part in it, a copy of each
+  weight in that dtype. The parameters stay as they are.
+- "plain": the model's own parameters as they are.
+
+A slot that holds something else than a weight and a bias is called as it is.
 """
 
 from __future__ import annotations
@@ -20,9 +27,11 @@ from ..parts import linear_at
 from ..spec import LayerSpec, NameMap
 from .binding import Binding
 from .joined import joined
-from .projection import Opaque, Plain, Prepacked, Projection
+from .native_layer import native_layer
+from .projection import Cast, Opaque, Plain, Prepacked, Projection
+from .settings import DEFAULT, Settings, computing_dtype
 
-Layout = Literal["prepacked", "joined", "plain"]
+Layout = Literal["prepacked", "joined", "cast", "plain"]
 _QKV = ("query", "key", "value")
 _GATED = ("gate", "up")
 _PROBED = 64  # elements of a weight that are compared before each call
@@ -33,18 +42,21 @@ class Projections:
 
     `slots` has a `projection.Projection` for each linear slot that is given; `out` and `down` are two of them. `qkv(x)` returns
     queries `[T, H, d]`, keys and values `[T, Hk, d]`, and `inner(x)` what goes into `down`, `[T, F]`. `fuses_residual` says
-    whether a residual costs nothing there.
+    whether a residual costs nothing there. `native_layer` runs the whole layer, where it can. `dtype` is that of the
+    parameters, `compute_dtype` that of the products.
     """
 
-    def __init__(self, binding: Binding) -> None:
+    def __init__(self, binding: Binding, settings: Settings = DEFAULT) -> None:
         self.spec = spec = binding.spec
+        self._settings = settings
         plain = _plain(binding)
-        first = next(iter(plain.values())).weight if plain else next(iter(binding.norms.values())).weight
-        self.dtype, self.device = first.dtype, first.device
-        self.layout = _layout(binding)
+        weights = [linear.weight for linear in plain.values()] or [next(iter(binding.norms.values())).weight]
+        self.dtype, self.device = weights[0].dtype, weights[0].device
+        self.compute_dtype = computing_dtype(settings, spec, weights)
+        self.layout = _layout(binding, settings, self.compute_dtype)
         self.fuses_residual = self.layout == "prepacked"
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if self.layout == "prepacked":
+        if self.layout in ("prepacked", "cast"):
             self._probes = [_probe(linear.weight) for linear in plain.values()]
         self._activation = binding.activation
         self.slots = {slot: self._projection(slot, part) for slot, part in binding.linears.items()}
@@ -58,39 +70,60 @@ class Projections:
         if self.layout == "joined" and "gate" in binding.linears and not spec.opaque.intersection(_GATED):
             self._join_gate([binding.linears[slot] for slot in _GATED])
         self._fingerprint = _fingerprint(binding)
+        self.native_layer = None
+        if self.layout == "prepacked" and self._fused_qkv:
+            self.native_layer = native_layer(binding, self._qkv_weight, self._qkv_biases, self.slots)
 
     def _projection(self, slot: str, part: Any) -> Projection:
         if slot in self.spec.opaque:
             return Opaque(part)
-        fused_anyway = slot in _QKV and _one_product(self.spec)
-        return Prepacked(part) if self.layout == "prepacked" and not fused_anyway else Plain(part)
+        if slot in _QKV and _one_product(self.spec):  # they are multiplied as one
+            return Plain(part)
+        if self.layout == "prepacked":
+            return Prepacked(part, self.compute_dtype)
+        return Cast(part, self.compute_dtype) if self.layout == "cast" else Plain(part)
 
     def _fuse_qkv(self, linears: list[Any]) -> None:
         weights = [linear.weight for linear in linears]
         self._qkv_biases = _biases(linears)
         if self.layout == "prepacked":
-            self._qkv_weight = linear_cpu.prepack(torch.cat([weight.detach() for weight in weights]))
+            self._qkv_weight = linear_cpu.prepack(self._together(weights))
+        elif self.layout == "cast":
+            self._qkv_weight = self._together(weights)
         elif self.layout == "joined":
             self._qkv_weight = joined(weights)
             self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
+
+    def _together(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([weight.detach().to(self.compute_dtype) for weight in weights])
 
     def _join_gate(self, linears: list[Any]) -> None:
         biases = _biases(linears)
         self._joined_gate = (joined([linear.weight for linear in linears]), None if biases is None else joined(biases))
 
     def working_dtype(self, tokens: int) -> torch.dtype:
-        """The dtype to compute in: that of the weights, or float32 where the processor is faster in it."""
-        if self.device.type == "cpu" and not self.spec.opaque and linear_cpu.float32_is_faster(self.dtype, tokens):
+        """The dtype to compute in: `compute_dtype`, or float32 where the processor is faster in it."""
+        if self.device.type == "cpu" and not self.spec.opaque and linear_cpu.float32_is_faster(self.compute_dtype, tokens):
             return torch.float32
-        return self.dtype
+        return self.compute_dtype
+
+    def entering(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens `[T, D]` in the dtype in which they may stay packed between layers."""
+        return x if self.compute_dtype == self.dtype else x.to(self.working_dtype(x.shape[0]))
 
     def current(self, binding: Binding) -> bool:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""
         return (
             _fingerprint(binding) == self._fingerprint
-            and _layout(binding) == self.layout
-            and all(torch.equal(*probe) for probe in self._probes)
+            and _layout(binding, self._settings, self.compute_dtype) == self.layout
+            and self._probes_hold()
         )
+
+    def _probes_hold(self) -> bool:
+        if not on_gpu(self.device) or not self._probes:
+            return all(torch.equal(*probe) for probe in self._probes)
+        live, saved = zip(*self._probes, strict=True)
+        return torch.equal(torch.cat(live), torch.cat(saved))  # the host waits once
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`[T, D]` -> queries `[T, H, d]`, keys and values `[T, Hk, d]`: views of one buffer where they are one product."""
@@ -99,14 +132,16 @@ class Projections:
         if not self._fused_qkv:
             return self._heads_of(*(self.slots[slot](x) for slot in _QKV))
         if self.layout == "joined":
-            return self._split(kernels.linear(x, self._qkv_weight, self._qkv_bias))
-        if self.device.type != "cpu":
+            bias = None if self._qkv_bias is None else self._qkv_bias.to(x.dtype)
+            return self._split(kernels.linear(x, self._qkv_weight.to(x.dtype), bias))
+        if self.layout == "plain":
             return self._heads_of(*(self.slots[slot](x) for slot in _QKV))
-        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach()
-        if self.layout == "prepacked" and linear_cpu.takes(self._qkv_weight, self.dtype, x.dtype):
+        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach().to(x.dtype)
+        if self.layout == "cast":
+            fused = kernels.linear(x, self._qkv_weight, bias)
+        elif linear_cpu.takes(self._qkv_weight, self.compute_dtype, x.dtype):
             fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
         else:
-            bias = None if bias is None else bias.to(x.dtype)
             weight = torch.cat([self.slots[slot].linear.weight for slot in _QKV])
             fused = linear_cpu.linear(x, weight.to(x.dtype), bias)
         return self._split(fused)
@@ -128,23 +163,27 @@ class Projections:
         name = self.spec.activation
         fused = "identity" if name == "module" else name
         if self._joined_gate is not None and name != "module":
-            return kernels.linear(x, *self._joined_gate, activation=fused, gated=True)
+            weight, bias = (None if tensor is None else tensor.to(x.dtype) for tensor in self._joined_gate)
+            return kernels.linear(x, weight, bias, activation=fused, gated=True)
         if "gate" in self.slots:
             activated = self.slots["gate"](x, activation=fused)
-            activated = self._activation(activated) if name == "module" else activated
+            activated = self._activation(activated).to(x.dtype) if name == "module" else activated
             return activated.mul_(self.slots["up"](x))
         order = self.spec.adapter.gated_up
         if order:
             halves = self.slots["up"](x).chunk(2, dim=1)
             first, second = halves if order == "first" else reversed(halves)
-            return (self._activation(first) if name == "module" else kernels.ACTIVATIONS[name](first)) * second
+            return (self._activation(first).to(x.dtype) if name == "module" else kernels.ACTIVATIONS[name](first)) * second
         inner = self.slots["up"](x, activation=fused)
-        return self._activation(inner) if name == "module" else inner
+        return self._activation(inner).to(x.dtype) if name == "module" else inner
 
 
-def extra_bytes(spec: LayerSpec, weight: torch.Tensor) -> int:
-    """Bytes that a fast layer allocates beside the model's parameters, given any one of its weights."""
-    return spec.linear_bytes if _may_prepack(weight) else 0
+def extra_bytes(spec: LayerSpec, weights: list[torch.Tensor], settings: Settings) -> int:
+    """Bytes that a fast layer allocates beside the model's parameters, given its plain weights (`settings.plain_weights`)."""
+    own, computing = weights[0].dtype, computing_dtype(settings, spec, weights)
+    if computing != own:
+        return spec.linear_bytes // own.itemsize * computing.itemsize
+    return spec.linear_bytes if settings.memory == "default" and _may_prepack(weights[0]) else 0
 
 
 def joinable(layer: nn.Module, names: NameMap) -> list[list[Any]]:
@@ -166,12 +205,15 @@ def _plain(binding: Binding) -> dict[str, Any]:
     return {slot: part for slot, part in binding.linears.items() if slot not in binding.spec.opaque}
 
 
-def _layout(binding: Binding) -> Layout:
-    """How the weights of a layer are kept, for the device that it runs on."""
+def _layout(binding: Binding, settings: Settings, dtype: torch.dtype) -> Layout:
+    """How the weights of a layer that computes in `dtype` are kept, for the device that it runs on."""
     weights = [part.weight for part in _plain(binding).values()]
     if not weights:
         return "plain"
-    if on_gpu(weights[0].device):
+    on_cpu = weights[0].device.type == "cpu" and not on_gpu(weights[0].device)
+    if dtype != weights[0].dtype:
+        return "prepacked" if on_cpu and linear_cpu.can_prepack(weights[0].new_empty(0, 0, dtype=dtype)) else "cast"
+    if on_gpu(weights[0].device) or (on_cpu and settings.memory == "lean"):
         own = len({id(weight) for weight in weights}) == len(weights)  # not tied to one another
         return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"

@@ -40,13 +40,14 @@ def run_whole(
         return None
 
     def queries_of(longest: int) -> int:
-        return query_block(parts[0][0].spec.head_dim, hidden.dtype, longest, hidden.device)
+        return query_block(parts[0][0].spec.head_dim, parts[0][1].compute_dtype, longest, hidden.device)
 
     def forward(values: torch.Tensor, offsets: torch.Tensor, max_seqlen: int, tiles: torch.Tensor) -> torch.Tensor:
         padded_up = PackedBatch(values, offsets, max_seqlen, None, 0, 0, _tiles={queries_of(max_seqlen): tiles})
+        values = parts[0][1].entering(values)
         for binding, projections in parts:
             values = run_layer(binding, projections, padded_up, values)
-        return values
+        return values.to(hidden.dtype)
 
     def finish(values: torch.Tensor) -> torch.Tensor:
         return values.view(hidden.shape).clone() if batch.indices is None else batch.to_padded(values)
@@ -82,12 +83,13 @@ def _fits_a_graph(parts: Sequence[tuple], hidden: torch.Tensor) -> bool:
     return bool(parts) and all(
         projections.dtype == hidden.dtype
         and projections.device == hidden.device
+        and projections.compute_dtype == parts[0][1].compute_dtype
         and binding.spec.head_dim == parts[0][0].spec.head_dim
         # Other kinds of attention read arguments of the call, and an opaque part may do anything.
         and binding.spec.adapter.attention == "plain"
         and not (binding.spec.opaque or binding.spec.adapter.offsets or binding.spec.has_choice)
         # This guard against overflow looks at all tokens, also at those that only fill a bucket.
-        and not (binding.spec.adapter.clamp == "non-finite" and hidden.dtype == torch.float16)
+        and not (binding.spec.adapter.clamp == "non-finite" and projections.compute_dtype == torch.float16)
         for binding, projections in parts
     )
 

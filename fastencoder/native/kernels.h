@@ -46,56 +46,53 @@ struct AddNorm {
 struct Linear {
     const float* x;  // [T, K], contiguous
     const void* weight;
-    const void *bias, *scale;  // [N] of `weight_dtype`
+    const void *bias, *scale;  // [N] of `vector_dtype`, which is float32 or `weight_dtype`
     const float* residual;     // [T, N], contiguous
     float* out;                // [T, N], contiguous
-    int64_t weight_dtype, weight_row, packed;  // weight_row: stride between rows, where it is not packed
+    int64_t weight_dtype, vector_dtype, weight_row, packed;  // weight_row: stride between rows, where it is not packed
     int64_t rows, outputs, inputs, activation;
     int64_t threads;
 };
 
-// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed; each
-// vector has the dtype of its matrix, those of the norms `norm_dtype`. Null where there is none.
+// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed;
+// vectors beside them are float32 or of their dtype. Null where there is none.
 struct Layer {
-    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, norm_dtype, rms;
+    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, vector_dtype, norm_dtype, rms;
     const void *qkv, *projection, *up, *down;
     const void *query_bias, *key_bias, *value_bias, *projection_bias, *up_bias, *down_bias;  // all or none of the first three
     const void *norm1, *norm1_bias, *norm2, *norm2_bias;
 };
 struct LayerCall {
     const float* x;
-    float *out, *workspace;  // the latter of workspace_size(layer, rows) floats
+    float* out;
     const int32_t* offsets;
     int64_t sequences, rows, threads;
     double scale, eps1, eps2;
-    const void *scale1, *scale2;  // [D] of weight_dtype
+    const void *scale1, *scale2;  // [D] of vector_dtype
 };
 
 // Some queries of a sequence, and the keys that some of them see; positions in the sequence.
 struct Task {
     int64_t sequence, first, end, low, high;
 };
-constexpr int64_t kQueries = 96;  // of a task, at most
+constexpr int64_t kQueries = 192;  // of a task, at most
 
-inline int64_t workspace_size(const Layer& layer, int64_t rows) {
-    int64_t qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, mixed = layer.heads * layer.head_dim;
-    int64_t shared = qkv + mixed > layer.inner ? qkv + mixed : layer.inner;
-    return rows * (shared + 2 * layer.dim) + qkv;
-}
+// The tasks of a packed batch, those that take longest first; null if there is no memory. The caller frees them.
+Task* tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t right, int64_t* count);
 
 // False if there was no memory.
 namespace avx512 {
-bool attention(const Attention& a, const Task* tasks, int64_t count);
+bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
-bool layer(const Layer& layer, const LayerCall& call, const Task* tasks, int64_t count);
+bool layer(const Layer& layer, const LayerCall& call);
 int64_t panel_width();
 }
 namespace avx2 {
-bool attention(const Attention& a, const Task* tasks, int64_t count);
+bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
-bool layer(const Layer& layer, const LayerCall& call, const Task* tasks, int64_t count);
+bool layer(const Layer& layer, const LayerCall& call);
 int64_t panel_width();
 }
 

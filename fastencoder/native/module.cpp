@@ -3,9 +3,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -65,23 +64,6 @@ Isa best_isa() {
     return wide ? kAvx512 : kAvx2;
 }
 
-std::vector<Task> tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t right) {
-    std::vector<Task> tasks;
-    for (int64_t b = 0; b < sequences; b++) {
-        int64_t length = offsets[b + 1] - offsets[b];
-        for (int64_t first = 0; first < length; first += kQueries) {
-            int64_t end = std::min(first + kQueries, length);
-            int64_t low = left < 0 ? 0 : std::max<int64_t>(0, first - left);
-            int64_t high = right < 0 ? length : std::min(length, end + right);
-            tasks.push_back({b, first, end, low, high});
-        }
-    }
-    // Long ones first, so that the threads end at the same time.
-    auto cost = [](const Task& t) { return (t.end - t.first) * (t.high - t.low); };
-    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& x, const Task& y) { return cost(x) > cost(y); });
-    return tasks;
-}
-
 PyObject* done(bool enough_memory) {
     if (!enough_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
@@ -111,9 +93,7 @@ PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (!from.ok()) return nullptr;
     bool enough_memory;
     Py_BEGIN_ALLOW_THREADS;
-    std::vector<Task> tasks = tasks_of(a.offsets, a.sequences, a.left, a.right);
-    auto run = isa == kAvx512 ? avx512::attention : avx2::attention;
-    enough_memory = run(a, tasks.data(), tasks.size());
+    enough_memory = (isa == kAvx512 ? avx512::attention : avx2::attention)(a);
     Py_END_ALLOW_THREADS;
     return done(enough_memory);
 }
@@ -143,7 +123,8 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     int64_t isa = from.integer();
     from.address(a.x), from.address(a.weight), from.address(a.bias), from.address(a.scale), from.address(a.residual);
     from.address(a.out);
-    for (int64_t* x : {&a.weight_dtype, &a.weight_row, &a.packed, &a.rows, &a.outputs, &a.inputs, &a.activation, &a.threads})
+    for (int64_t* x : {&a.weight_dtype, &a.vector_dtype, &a.weight_row, &a.packed, &a.rows, &a.outputs, &a.inputs, &a.activation,
+                       &a.threads})
         *x = from.integer();
     if (!from.ok()) return nullptr;
     bool enough_memory;
@@ -153,33 +134,23 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return done(enough_memory);
 }
 
-// (isa, layer, x, out, workspace, ...): the bytes of a Layer, and the members of LayerCall in their order.
+// (isa, layer, x, out, ...): the bytes of a Layer, and the members of LayerCall in their order.
 PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
     Layer layer;
     LayerCall call;
     int64_t isa = from.integer();
     from.bytes(&layer, sizeof layer);
-    from.address(call.x), from.address(call.out), from.address(call.workspace), from.address(call.offsets);
+    from.address(call.x), from.address(call.out), from.address(call.offsets);
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
     call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
     from.address(call.scale1), from.address(call.scale2);
     if (!from.ok()) return nullptr;
     bool enough_memory;
     Py_BEGIN_ALLOW_THREADS;
-    std::vector<Task> tasks = tasks_of(call.offsets, call.sequences, -1, -1);
-    enough_memory = (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call, tasks.data(), tasks.size());
+    enough_memory = (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call);
     Py_END_ALLOW_THREADS;
     return done(enough_memory);
-}
-
-// (layer, rows) -> floats of workspace that a call needs.
-PyObject* workspace_size(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    Arguments from(given, count);
-    Layer layer;
-    from.bytes(&layer, sizeof layer);
-    int64_t rows = from.integer();
-    return from.ok() ? PyLong_FromLongLong(fastencoder::workspace_size(layer, rows)) : nullptr;
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {
@@ -195,7 +166,6 @@ PyMethodDef methods[] = {
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
     {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer)), METH_FASTCALL, nullptr},
-    {"workspace_size", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(workspace_size)), METH_FASTCALL, nullptr},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
     {},
 };

@@ -10,7 +10,7 @@ import torch
 from fastencoder.kernels import native
 from fastencoder.kernels.native import address, float32
 
-_ACTIVATIONS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
+ACTIVATION_CODES = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 _FEWEST_ROWS = 4  # of x, for a weight that is not packed: it is turned around for every product
 
 
@@ -56,7 +56,7 @@ def runs(
         and multiplies(weight.dtype)
         and weight.stride(1) == 1
         and (residual is None or residual.dtype == torch.float32)
-        and all(vector is None or vector.dtype == weight.dtype for vector in (bias, scale))
+        and _vector_dtype(weight.dtype, bias, scale) is not None
     )
 
 
@@ -72,14 +72,15 @@ def linear(
     ``[N]`` -> ``[T, N]``, in the dtype of `x`.
 
     Raises:
-        ValueError: a bias or scale of another dtype than the weight.
+        ValueError: a bias or scale that is neither float32 nor of the dtype of the weight, or one of each.
     """
     packed = isinstance(weight, Panels)
     values, outputs, isa = (
         (weight.weight, weight.outputs, weight.isa) if packed else (weight, len(weight), native.current)
     )
-    if any(vector is not None and vector.dtype != values.dtype for vector in (bias, scale)):
-        raise ValueError(f"bias and scale must be {values.dtype}, the dtype of the weight")
+    vector_dtype = _vector_dtype(values.dtype, bias, scale)
+    if vector_dtype is None:
+        raise ValueError(f"bias and scale must both be torch.float32 or {values.dtype}, the dtype of the weight")
     # Every tensor has a name until the end of the call: an address keeps nothing alive.
     dtype, x, residual = x.dtype, float32(x), float32(residual)
     bias, scale = (None if vector is None else vector.contiguous() for vector in (bias, scale))
@@ -87,7 +88,15 @@ def linear(
     native.library.linear(
         isa,
         *(address(x), values.data_ptr(), address(bias), address(scale), address(residual), out.data_ptr()),
-        *(native.DTYPES[values.dtype], 0 if packed else weight.stride(0), packed),
-        *(x.shape[0], outputs, x.shape[1], _ACTIVATIONS[activation], torch.get_num_threads()),
+        *(native.DTYPES[values.dtype], native.DTYPES[vector_dtype], 0 if packed else weight.stride(0), packed),
+        *(x.shape[0], outputs, x.shape[1], ACTIVATION_CODES[activation], torch.get_num_threads()),
     )
     return out.to(dtype)
+
+
+def _vector_dtype(weight_dtype: torch.dtype, *vectors: torch.Tensor | None) -> torch.dtype | None:
+    """What the extension is told that these vectors are; None if it cannot read them."""
+    dtypes = {vector.dtype for vector in vectors if vector is not None}
+    if len(dtypes) > 1 or not dtypes <= {weight_dtype, torch.float32}:
+        return None
+    return dtypes.pop() if dtypes else weight_dtype

@@ -21,5 +21,6 @@ class PerLayerInput(Windowed):
         given, batch, layer = call.arguments.get("per_layer_input"), call.batch, call.layer
         if not isinstance(given, torch.Tensor) or given.shape[:2] != (batch.batch, batch.seqlen):
             raise Delegated("per_layer_input is not one of these sequences")
-        mixed: torch.Tensor = layer.ple_block(x.unsqueeze(0), batch.take(given).unsqueeze(0))[0]
-        return mixed * layer.layer_scalar
+        own = x.to(call.projections.dtype)
+        mixed: torch.Tensor = layer.ple_block(own.unsqueeze(0), batch.take(given).unsqueeze(0))[0]
+        return (mixed * layer.layer_scalar).to(x.dtype)

@@ -1,0 +1,128 @@
+"""A whole layer in one call of the C++ extension, where it is nothing but plain attention, two norms and two projections.
+
+It computes what `program.py` says, in the same operations and the same order; what it saves is the time between them, which
+is most of it for few tokens, and their buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..kernels import native
+from ..kernels._dispatch import device_kind
+from ..kernels.linear.cpu_native import ACTIVATION_CODES, Panels
+from ..packing import PackedBatch
+from .binding import Binding
+from .projection import Prepacked
+
+_NORMS = ("norm1", "norm2")
+_MATRICES = ("out", "up", "down")
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("pre_norm", "dim", "heads", "kv_heads", "head_dim", "inner", "activation")),
+        *((name, ctypes.c_int64) for name in ("weight_dtype", "vector_dtype", "norm_dtype", "rms")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "up", "down")),
+        *((f"{name}_bias", ctypes.c_void_p) for name in ("query", "key", "value", "out", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
+    )
+
+
+class NativeLayer:
+    """The addresses of a layer's parameters, for as long as `Projections.current` says that they are still the same."""
+
+    def __init__(self, binding: Binding, qkv: Panels, qkv_biases: list[torch.Tensor] | None, slots: dict[str, Panels]) -> None:
+        spec = binding.spec
+        norms = [binding.norm(slot) for slot in _NORMS]
+        biases = {f"{name}_bias": binding.linears[name].bias for name in slots}
+        biases |= dict(zip(("query_bias", "key_bias", "value_bias"), qkv_biases or (None,) * 3, strict=True))
+        self._kept = qkv, qkv_biases, slots
+        self.isa = qkv.isa
+        self._fields = bytes(
+            _Layer(
+                pre_norm=spec.adapter.norm_placement == "pre",
+                dim=spec.hidden_size,
+                heads=spec.num_heads,
+                kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                inner=slots["up"].outputs,
+                activation=ACTIVATION_CODES[spec.activation],
+                weight_dtype=native.DTYPES[qkv.weight.dtype],
+                vector_dtype=native.DTYPES[binding.linears["out"].weight.dtype],
+                norm_dtype=native.DTYPES[norms[0].weight.dtype],
+                rms=norms[0].rms,
+                qkv=qkv.weight.data_ptr(),
+                **{name: panels.weight.data_ptr() for name, panels in slots.items()},
+                **{name: native.address(bias) for name, bias in biases.items()},
+                norm1=norms[0].weight.data_ptr(),
+                norm1_bias=native.address(norms[0].bias),
+                norm2=norms[1].weight.data_ptr(),
+                norm2_bias=native.address(norms[1].bias),
+            )
+        )
+
+    def runs(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether it may be given these tokens `[T, D]`, cast to this dtype. float16 is left to the program's guards against
+        overflow."""
+        return (
+            dtype == torch.float32
+            and x.dtype != torch.float16
+            and native.current == self.isa
+            and x.is_contiguous()
+            and device_kind(x) == "cpu"
+        )
+
+    def __call__(self, binding: Binding, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+        """`[T, D]` -> `[T, D]`."""
+        out = torch.empty_like(x)
+        scale1, scale2 = binding.layer_scales()
+        native.library.layer(
+            self.isa,
+            self._fields,
+            x.data_ptr(),
+            out.data_ptr(),
+            batch.offsets.data_ptr(),
+            batch.offsets.shape[0] - 1,
+            x.shape[0],
+            torch.get_num_threads(),
+            float(binding.scale),
+            *(float(binding.norm(slot).eps) for slot in _NORMS),
+            native.address(scale1),
+            native.address(scale2),
+        )
+        return out
+
+
+def native_layer(binding: Binding, qkv: object, qkv_biases: list[torch.Tensor] | None, slots: dict) -> NativeLayer | None:
+    """For a layer whose projections are these, or None if it has more to it than the extension's layer."""
+    spec = binding.spec
+    adapter = spec.adapter
+    plain = (
+        isinstance(qkv, Panels)
+        and set(binding.linears) == {"query", "key", "value", *_MATRICES}
+        and set(binding.norms) == set(_NORMS)
+        and all(isinstance(slots[name], Prepacked) and isinstance(slots[name].packed, Panels) for name in _MATRICES)
+        and adapter.attention == "plain"
+        and adapter.norm_placement in ("post", "pre")
+        and spec.activation in ACTIVATION_CODES
+        and not (spec.wide or adapter.gated_up or adapter.chosen_last or adapter.divisor or adapter.scale_by_tanh)
+    )
+    if not plain:
+        return None
+    norms = [binding.norm(slot) for slot in _NORMS]
+    if any(norm is None or norm.weight is not binding.norms[slot].weight for slot, norm in zip(_NORMS, norms, strict=True)):
+        return None  # an opaque norm, or one whose weight is computed for each call
+    scales = binding.layer_scales()
+    dtypes = {binding.linears[name].weight.dtype for name in binding.linears}
+    dtypes |= {scale.dtype for scale in scales if scale is not None}
+    norm_dtypes = {vector.dtype for norm in norms for vector in (norm.weight, norm.bias) if vector is not None}
+    weight_dtypes = {qkv.weight.dtype, *(slots[name].packed.weight.dtype for name in _MATRICES)}
+    alike = len(dtypes) == len(norm_dtypes) == len(weight_dtypes) == 1 and norms[0].rms == norms[1].rms
+    if not alike or not dtypes <= {torch.float32, *weight_dtypes} or any(s is not None and s.dim() != 1 for s in scales):
+        return None
+    return NativeLayer(binding, qkv, qkv_biases, {name: slots[name].packed for name in _MATRICES})
