@@ -39,7 +39,8 @@ class Projections:
     def __init__(self, binding: Binding) -> None:
         self.spec = spec = binding.spec
         plain = _plain(binding)
-        first = next(iter(plain.values())).weight if plain else next(iter(binding.norms.values())).weight
+        parts = plain or binding.norms  # of which one may be an identity
+        first = next(part.weight for part in parts.values() if getattr(part, "weight", None) is not None)
         self.dtype, self.device = first.dtype, first.device
         self.layout = _layout(binding)
         self.fuses_residual = self.layout == "prepacked"
