@@ -27,6 +27,7 @@ from .layers import (
     fast_class,
 )
 from .layers.settings import Memory, Settings
+from .padding_readers import something_reads_padding
 from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
 from .spec import Adapter
@@ -139,7 +140,6 @@ def _swap(
 ) -> None:
     """Everything that can fail comes before the first change."""
     modules = dict(model.named_modules())
-    class_names = {type(module).__name__ for module in modules.values()}
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
     for name, layer in chosen:
@@ -154,8 +154,8 @@ def _swap(
             stack = _make_stack(owner, place[1], type(layer), known, graphs, reader if may_read else None)
             stacks[place] = (owner, stack)
         own_stack = stacks[place][1] if place is not None else None
-        padding_is_read = any(class_name.endswith(adapter.padding_readers) for class_name in class_names)
-        if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers):
+        padding_is_read = something_reads_padding(name, modules, adapter)
+        if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers or padding_is_read):
             # Nobody has looked at the code around these layers.
             padding_is_read = any(isinstance(module, _MIX_POSITIONS) for module in modules.values())
         layer_state = LayerState(adapter, own_stack, padding_is_read, known.unproven, settings)

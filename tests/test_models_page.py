@@ -28,6 +28,11 @@ def test_every_shipped_class_is_on_the_page() -> None:
     assert not missing
 
 
+def test_every_class_without_a_fast_layer_has_a_reason() -> None:
+    undescribed = [line for line in models_page.page(SURVEY).splitlines() if models_page.UNDESCRIBED in line]
+    assert not undescribed, "give the reason in fastencoder/families/left_out.py"
+
+
 @pytest.mark.parametrize(
     "model_type", ["bert", "deberta-v2", "modernbert", "vit", "t5", "swin", "wav2vec2-conformer", "longformer", "llava"]
 )

@@ -19,6 +19,7 @@ from fastencoder import registry
 from fastencoder.families.left_out import LEFT_OUT
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+UNDESCRIBED = "not described yet"
 TESTED = "transformers 5.17 and 5.23"
 
 _HEAD = """# Models
@@ -79,12 +80,12 @@ def page(survey: dict[str, Any]) -> str:
             elif not level and _may_be_an_encoder_layer(layer_class, reason):
                 rest.setdefault(layer_class, reason)
     for layer_class in sorted(attention):
-        why = LEFT_OUT.get(layer_class, "not described yet")
+        why = LEFT_OUT.get(layer_class, UNDESCRIBED)
         lines.append(f"| `{_short(layer_class)}` | {', '.join(sorted(attention[layer_class]))} | {why} |")
     lines += ["", "## Neither", "", "Encoder layers that run on their own code alone.", ""]
     lines += ["| layer class | model types | why |", "| --- | --- | --- |"]
     for layer_class in sorted({*rest, *LEFT_OUT} - set(attention) - registered):
-        why = LEFT_OUT.get(layer_class) or "not described yet"
+        why = LEFT_OUT.get(layer_class) or UNDESCRIBED
         lines.append(f"| `{_short(layer_class)}` | {', '.join(types.get(layer_class, []))} | {why} |")
     lines += ["", "`flaubert` and `xlm` have no layer class: the parts of their layers lie in four lists of the model."]
     return "\n".join(lines) + "\n"

@@ -40,7 +40,8 @@ _REASONS: dict[str, str] = {
     ),
     "pools queries between layers, so that their number changes inside a layer": "hiera.HieraLayer sam2.Sam2MultiScaleBlock",
     "has convolutions between attention and feed-forward block": (
-        "florence2.Florence2VisionSpatialBlock florence2.Florence2VisionChannelBlock swiftformer.SwiftFormerEncoderBlock "
+        "florence2.Florence2VisionBlock florence2.Florence2VisionSpatialBlock florence2.Florence2VisionChannelBlock "
+        "swiftformer.SwiftFormerEncoderBlock "
         "mobilevitv2.MobileViTV2TransformerLayer levit.LevitResidualLayer"
     ),
     "attends to a neighbourhood of each pixel (natten)": "dinat.DinatLayer",
@@ -64,7 +65,29 @@ _REASONS: dict[str, str] = {
     "is a causal decoder unless its caller builds another mask": (
         "gemma.GemmaDecoderLayer diffusion_gemma.DiffusionGemmaEncoderTextLayer"
     ),
-    "has norms that depend on another input, and a gated output": "esmfold2.EsmFold2AtomLayer",
+    "has norms that depend on another input, and a gated output": (
+        "esmfold2.EsmFold2AtomLayer esmfold2.EsmFold2DiffusionLayer"
+    ),
+    "attends to other tokens between its self-attention and its feed-forward block: the prompt of a detector, or the image": (
+        "sam3.Sam3DetrEncoderLayer sam3.Sam3GeometryEncoderLayer sam3_lite_text.Sam3LiteTextDetrEncoderLayer "
+        "sam3_lite_text.Sam3LiteTextGeometryEncoderLayer"
+    ),
+    "attends to a memory of earlier frames between its self-attention and its feed-forward block": (
+        "edgetam_video.EdgeTamVideoMemoryAttentionLayer sam2_video.Sam2VideoMemoryAttentionLayer "
+        "sam3_tracker_video.Sam3TrackerVideoMemoryAttentionLayer"
+    ),
+    "has latent vectors for queries, and the tokens beside them for keys: cross-attention": (
+        "edgetam_video.EdgeTamVideoPerceiverEncoderLayer idefics2.Idefics2PerceiverLayer"
+    ),
+    "is the cross-attention of latent vectors to an image, and no layer": (
+        "kosmos2.KosmosTextAttention kosmos2_5.Kosmos2_5TextAttention"
+    ),
+    "is the attention of a module that merges neighbouring patches between two layers, and no layer; the layers are fast": (
+        "minicpm_ocr.MiniCPMOcrVisionAttention minicpmv4_6.MiniCPMV4_6VisionAttention minicpmv4_7.MiniCPMV4_7VisionAttention"
+    ),
+    "is the cross-attention that pools the patches of an image or of a video, and no layer; the layers are fast": (
+        "molmo2.Molmo2VisionAttention videoprism.VideoPrismMultiheadAttentionPoolingHead"
+    ),
     "mixes the first hidden states into every layer, with value embeddings and gates": "neomme.NeoMMEEncoderLayer",
     "routes tokens to experts in some of its layers, with a capacity that depends on the whole batch": (
         "nllb_moe.NllbMoeEncoderLayer"

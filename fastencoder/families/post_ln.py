@@ -175,10 +175,11 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
     (
         BERT_TUPLE,
         {
-            "tapas.modeling_tapas.TapasLayer": "tapas",
             "visual_bert.modeling_visual_bert.VisualBertLayer": "visual_bert",
         },
     ),
+    # Its logits are means over the cells of the table, of which one holds the question and the padding.
+    (replace(BERT_TUPLE, padding_readers=("TapasForQuestionAnswering",)), {"tapas.modeling_tapas.TapasLayer": "tapas"}),
     # CANINE's outer layers attend inside chunks of characters: only the deep, global layers are this family. A convolution
     # over characters follows them.
     (

@@ -50,7 +50,8 @@ class Projections:
         self.spec = spec = binding.spec
         self._settings = settings
         plain = _plain(binding)
-        weights = [linear.weight for linear in plain.values()] or [next(iter(binding.norms.values())).weight]
+        parts = (plain or binding.norms).values()  # of which one may be an identity
+        weights = [part.weight for part in parts if getattr(part, "weight", None) is not None]
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.compute_dtype = computing_dtype(settings, spec, weights)
         self.layout = _layout(binding, settings, self.compute_dtype)

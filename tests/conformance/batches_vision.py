@@ -42,7 +42,7 @@ def _patches(case: Case, model: nn.Module, pattern: str, generator: torch.Genera
 
 
 def _annealed(case: Case, model: nn.Module, pattern: str, generator: torch.Generator) -> Batch:
-    """EoMT at the end of its training: the masks between its last layers, whose layers run the stock forward, are gone."""
+    """EoMT with the masks of its last layers off: where a checkpoint has them on, these layers run the stock forward."""
     model.attn_mask_probs.zero_()
     side = model.config.image_size
     return Batch({"pixel_values": torch.randn(1 if pattern == SINGLE else 3, 3, side, side, generator=generator)})

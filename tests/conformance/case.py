@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from dataclasses import dataclass, field
@@ -112,6 +113,9 @@ def merge(*configs: dict[str, Any]) -> dict[str, Any]:
 def _lookup(module_name: str, name: str) -> Any:
     if module_name.startswith("timm."):
         external.import_timm()
+    elif module_name.startswith("transformers.models.pe_"):  # their towers are timm's by default, which wants torchvision
+        with contextlib.suppress(Absent):
+            external.import_timm()
     try:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

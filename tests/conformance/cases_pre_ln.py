@@ -37,6 +37,8 @@ NESTED_VISION = "encoder.layers/vision_model.encoder.layers"
 NESTED_TEXT = "encoder.layers/text_model.encoder.layers"
 CAUSAL = "the text tower passes is_causal=True and a causal mask: each call runs the stock forward"
 
+LAST = "its pooled output is the last position, also where that is padding: batches with padding run the stock forward"
+
 
 def vit(package: str, layer: str, model: str, stack: str = "layers", **other: Any) -> Case:
     config = merge(VISION, other.pop("config", {}))
@@ -155,7 +157,7 @@ CASES: list[Case] = [
     tower("clip", "CLIPEncoderLayer", "CLIPVisionModel"),
     causal_tower("clip", "CLIPEncoderLayer", "CLIPTextModel"),
     tower("siglip", "SiglipEncoderLayer", "SiglipVisionModel"),
-    text_tower("siglip", "SiglipEncoderLayer", "SiglipTextModel"),
+    text_tower("siglip", "SiglipEncoderLayer", "SiglipTextModel", padding_delegates=True, why=LAST),
     tower(
         "siglip2",
         "Siglip2EncoderLayer",
@@ -163,7 +165,7 @@ CASES: list[Case] = [
         inputs="naflex",
         config={"num_patches": 16, "image_size": None},
     ),
-    text_tower("siglip2", "Siglip2EncoderLayer", "Siglip2TextModel"),
+    text_tower("siglip2", "Siglip2EncoderLayer", "Siglip2TextModel", padding_delegates=True, why=LAST),
     tower("altclip", "AltCLIPEncoderLayer", "AltCLIPVisionModel"),
     tower("chinese_clip", "ChineseCLIPVisionLayer", "ChineseCLIPVisionModel"),
     tower("clipseg", "CLIPSegEncoderLayer", "CLIPSegVisionModel"),

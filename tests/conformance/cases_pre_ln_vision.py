@@ -22,7 +22,8 @@ def encoder(package: str, layer: str, model: str, stack: str, config: dict[str, 
 
 
 def segmentation(package: str, layer: str, model: str, **other: Any) -> Case:
-    """Queries join the tokens before the last block. The mask of its training is off, as in every released model."""
+    """Queries join the tokens before the last block. Its `attn_mask_probs` are 0 here: above that, the last layers get
+    a mask for each head, and run the stock forward. They begin at 1 and come with a checkpoint."""
     config = {**DINO, "num_blocks": 1, "num_queries": 3, "num_register_tokens": 1, "num_upscale_blocks": 1}
     config = merge(config, other.pop("config", {}))
     options = {"buffers": {"attn_mask_probs": 0.0}}

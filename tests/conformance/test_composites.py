@@ -47,9 +47,9 @@ def fast_classes(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize(("name", "text_runs_fast"), [("CLIP", False), ("Siglip", True)])
-def test_two_towers(name: str, text_runs_fast: bool) -> None:
-    """CLIP's towers share one layer class; the causal text tower must not run fast, the vision tower must."""
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_two_towers(name: str) -> None:
+    """Both towers share one layer class; CLIP's text is causal, SigLIP's pooled where padding may be."""
     config = getattr(transformers, f"{name}Config")(text_config=TEXT_TOWER, vision_config=VISION)
     stock, fast = pair(getattr(transformers, f"{name}Model")(config))
     assert fast_classes(fast) == {f"{name}EncoderLayer": 4}
@@ -63,7 +63,7 @@ def test_two_towers(name: str, text_runs_fast: bool) -> None:
     assert measure.error(text_ours, text_exact) <= measure.FP32_BAR
     vision_ours, vision_exact = (output.vision_model_output.last_hidden_state for output in (ours, exact))
     assert measure.error(vision_ours, vision_exact) <= measure.FP32_BAR
-    assert calls(fast) == ((4, 0) if text_runs_fast else (2, 2))
+    assert calls(fast) == (2, 2)
 
 
 def bert2bert() -> nn.Module:
@@ -138,22 +138,4 @@ def test_ctc_head_on_real_frames() -> None:
     ours = measure.run(fast, batch).logits
     real = stock._get_feature_vector_attention_mask(ours.shape[1], mask).bool()
     assert measure.error(ours[real], theirs[real]) <= measure.FP32_BAR
-    assert calls(fast) == (2, 0)
-
-
-@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MaskedLM"])
-@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Electra"])
-def test_heads(family: str, head: str) -> None:
-    config = getattr(transformers, f"{family}Config")
-    names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-    names["intermediate_size"] = "hidden_dim"
-    text = {names.get(key, key): value for key, value in TEXT.items()} if family == "DistilBert" else TEXT
-    stock, fast = pair(getattr(transformers, f"{family}For{head}")(config(**text, num_labels=3)))
-    mask = batches.mask(batches.RIGHT)
-    batch = batches.Batch({"input_ids": ids(4, 13), "attention_mask": mask})
-    exact = measure.run(copy.deepcopy(stock).double(), batch).logits
-    ours = measure.run(fast, batch).logits
-    real = mask.bool() if ours.dim() == 3 else None
-    assert ours.shape == exact.shape
-    assert measure.error(measure.pick(ours, real), measure.pick(exact, real)) <= measure.FP32_BAR
     assert calls(fast) == (2, 0)
