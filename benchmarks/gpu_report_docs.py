@@ -14,6 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_report_bars
+from benchmarks.cpu import results as cpu_results
+from benchmarks.cpu import tables as cpu_tables
 from benchmarks.files import RESULTS, markdown_table, read_json, write_text
 from benchmarks.gpu_report import failures, left_out, where
 from benchmarks.gpu_report_plots import timed_cells
@@ -31,7 +33,8 @@ def sections(results: Path) -> dict[str, str]:
         data = None  # a dry run measures nothing
     parts = data["parts"] if data is not None else {}
     made = {
-        "cpu": _cpu(results),
+        "cpu": (cpu_tables.section(cpu_results.read(results)) or NOT_YET) + _images("cpu_minilm", "cpu_bert-base"),
+        "cpu-scaling": _without_title(results / "cpu_scaling.md") + _images("cpu_scaling"),
         "where": NOT_YET if data is None else where(data) + "\n\n" + _verdict(data),
         "bars": markdown_table(gpu_report_bars.HEADER, gpu_report_bars.lines(parts)),
         "grid": _grid(parts),
@@ -41,10 +44,15 @@ def sections(results: Path) -> dict[str, str]:
     return made
 
 
-def _cpu(results: Path) -> str:
-    """The CPU benchmark's own report, without its title."""
-    path = results / "cpu_minilm.md"
+def _without_title(path: Path) -> str:
+    """A report as it is, without its title."""
     return path.read_text(encoding="utf-8").partition("\n")[2].strip() if path.exists() else NOT_YET
+
+
+def _images(*names: str) -> str:
+    """The plots that are there."""
+    there = [name for name in names if (PAGE.parent / "images" / f"{name}.png").exists()]
+    return "".join(f"\n\n![{name.replace('_', ' ')}](images/{name}.png)" for name in there)
 
 
 def _verdict(data: dict[str, Any]) -> str:

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from benchmarks.common import ROOT
 from benchmarks.cpu import bars, environments, models, results, run, scaling, workloads
-from benchmarks.cpu.systems import SYSTEMS
+from benchmarks.cpu.systems import ENGINES, SYSTEMS
 from benchmarks.files import RESULTS, output_folder
 
 IMAGES = ROOT / "docs" / "images"
-ROUNDS, QUICK_ROUNDS = 9, 5
+ROUNDS, QUICK_ROUNDS = 9, 3
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
@@ -28,7 +28,7 @@ console = Console()
 
 @app.command()
 def setup() -> None:
-    """Make the peers' environments and the models' files, in .bench/."""
+    """Make the peers' environments, the models' files and their exported forms, in .bench/."""
     for environment in environments.PACKAGES:
         console.print(f"environment {environment}")
         try:
@@ -38,31 +38,39 @@ def setup() -> None:
     environments.forget_failures()
     for model in models.DEFAULT:
         console.print(f"model {model}")
-        models.folder(model, environments.CACHE)
+        files = run.source(model)
+        if not environments.missing(ENGINES):
+            for said in environments.export(files):
+                console.print(said, markup=False, soft_wrap=True)
 
 
 @app.command("run")
 def run_(
-    quick: Annotated[bool, typer.Option(help="MiniLM on W1 to W4 and TEXT, BERT-base on W1; ten minutes")] = False,
+    quick: Annotated[bool, typer.Option(help="MiniLM on W1 to W4, BERT-base on W1 in fp32; ten minutes")] = False,
     chosen_models: Annotated[str, typer.Option("--models", help="of " + ", ".join(models.DEFAULT))] = "",
     chosen_workloads: Annotated[str, typer.Option("--workloads", help="of W1 to W5, AUDIO, TEXT")] = "",
     dtypes: Annotated[str, typer.Option(help="of fp32, bf16")] = "",
     systems: Annotated[str, typer.Option(help="only these; the results go to .bench/look/")] = "",
     lengths: Annotated[str, typer.Option(help="a workload of your own: 12,40,7")] = "",
-    lengths_file: Annotated[Path | None, typer.Option(help="the same from a file, separated by spaces or lines")] = None,
+    lengths_file: Annotated[
+        Path | None, typer.Option(help="the same from a file, separated by spaces or lines")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=0, help=f"0: {ROUNDS}, or {QUICK_ROUNDS} with --quick")] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    out: Annotated[Path | None, typer.Option(help="folder for cpu.json and cpu.md (default: $OUT, benchmarks/results)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for cpu.json and cpu.md (default: $OUT, benchmarks/results)")
+    ] = None,
 ) -> None:
     """Measure cells and put them in cpu.json; the tables and plots are made of all that are there."""
     try:
         given = workloads.read_lengths(lengths_file.read_text(encoding="utf-8") if lengths_file else lengths)
         there = {**workloads.standard(), "TEXT": run.text_workload()} | ({"OWN": workloads.own(given)} if given else {})
+        known = list(models.MODELS)
         wanted = chosen_workloads or ("OWN" if given else "")
         plan = run.Plan(
-            models=run.names(chosen_models or ",".join(run.QUICK) * quick, list(models.MODELS), "--models")
-            if chosen_models or quick
-            else models.DEFAULT,
+            models=run.names(
+                chosen_models or ",".join(tuple(run.QUICK) if quick else models.DEFAULT), known, "--models"
+            ),
             workloads=tuple(there[name] for name in run.names(wanted, list(there), "--workloads")),
             dtypes=run.names(dtypes, run.DTYPES, "--dtypes"),
             systems=run.names(systems, list(SYSTEMS), "--systems"),
@@ -76,13 +84,14 @@ def run_(
     folder = output_folder(out or (environments.CACHE / "look" if look else None))
     images = IMAGES if folder.resolve() == RESULTS else folder
     for cell in run.measure(plan, console):
-        run.write(results.merge(folder, cell), folder, images)
+        results.merge(folder, cell)
         show(cell)
+    written = run.write(folder, images)
     cells = results.read(folder)
     for bar in bars.bars(cells):
         if bar.met is not None:
             console.print("  ".join(bar.line()), markup=False, soft_wrap=True)
-    console.print(f"written: {folder / results.FILE}, {folder / 'cpu.md'}, plots in {images}", markup=False, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     wrong = [name for name, cell in cells.items() if "wrong" in cell["systems"].get("fastencoder", {})]
     if wrong:
         console.print(f"fastencoder's answers are wrong: {', '.join(wrong)}", style="red", markup=False)
@@ -97,7 +106,9 @@ def show(cell: results.Cell) -> None:
         spread = results.Spread.of(times[name]) if name in times else None
         lead = results.lead(cell, name)
         table.add_row(
-            name, f"{1000 * spread.median:,.2f}" if spread else results.said(result), f"{lead.median:.2f}" if lead else ""
+            name,
+            f"{1000 * spread.median:,.2f}" if spread else results.said(result),
+            f"{lead.median:.2f}" if lead else "",
         )
     console.print(table)
 
@@ -126,8 +137,9 @@ def scaling_(
 def report(out: Annotated[Path | None, typer.Option(help="the folder with cpu.json")] = None) -> None:
     """Make the tables and plots anew from what was measured."""
     folder = output_folder(out)
-    run.write(results.read(folder), folder, IMAGES if folder.resolve() == RESULTS else folder)
-    scaling.write(folder, IMAGES if folder.resolve() == RESULTS else folder)
+    images = IMAGES if folder.resolve() == RESULTS else folder
+    for written in (*scaling.write(folder, images), *run.write(folder, images)):
+        console.print(f"written: {written}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class Bar:
     def line(self) -> list[str]:
         """The row of the table."""
         write: Callable[[float], str] = (lambda x: f"{x:.0%}") if self.share else (lambda x: f"{x:.2f}x")
-        measured = "not measured" if self.measured is None else write(self.measured) + (f" ({self.note})" if self.note else "")
+        measured = (
+            "not measured" if self.measured is None else write(self.measured) + (f" ({self.note})" if self.note else "")
+        )
         return [self.name, write(self.least), measured, {True: "met", False: "MISSED", None: ""}[self.met]]
 
 

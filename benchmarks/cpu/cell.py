@@ -41,9 +41,10 @@ def prepared(
         RuntimeError: stock does not run.
     """
     model = models.MODELS[source.name]
-    with tempfile.TemporaryDirectory(prefix="fastencoder-bench-") as name, Pool(
-        [STOCK_EAGER], source, "fp32", threads, say
-    ) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="fastencoder-bench-") as name,
+        Pool([STOCK_EAGER], source, "fp32", threads, say) as pool,
+    ):
         folder, made = Path(name), []
         for workload in chosen:
             file = folder / f"{workload.name}.npz"
@@ -91,7 +92,9 @@ def measure(pool: Pool, work: Work, rounds: int, say: Say, tick: Callable[[], No
     }
 
 
-def _rounds(calls: dict[str, Callable[[], float | None]], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+def _rounds(
+    calls: dict[str, Callable[[], float | None]], rounds: int, tick: Callable[[], None]
+) -> dict[str, list[float]]:
     """Every call once a round, each round beginning with another one. A call that fails is not made again."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     alive = list(calls)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from benchmarks.cpu.systems import ENGINES, MAIN, OPTIMUM
+from benchmarks.cpu.systems import ENGINES, MAIN, OPTIMUM, NotAvailable, Source, exported
 
 CACHE = ROOT / ".bench"
 # torch comes first and by its version: asked for as a dependency it brings gigabytes of CUDA libraries.
 TORCH = "torch==2.13.0"
 PACKAGES = {
-    ENGINES: ("transformers>=5.17,<6", "onnxruntime>=1.22", "onnx", "onnxscript", "openvino>=2025.3", "ctranslate2>=4.6"),
+    ENGINES: (
+        "transformers>=5.17,<6",
+        "onnxruntime>=1.22",
+        "onnx",
+        "onnxscript",
+        "openvino>=2025.3",
+        "ctranslate2>=4.6",
+    ),
     # optimum's exporters want an older transformers than the other engines run with.
     OPTIMUM: ("sentence-transformers>=5", "optimum-onnx[onnxruntime]", "optimum-intel[openvino]"),
 }
@@ -27,7 +35,9 @@ def python(environment: str) -> Path:
 
 def missing(environment: str) -> str:
     """Empty if the environment is ready, else what to do."""
-    return "" if environment == MAIN or _stamp(environment).exists() else f"no environment {environment}: make bench-setup"
+    return (
+        "" if environment == MAIN or _stamp(environment).exists() else f"no environment {environment}: make bench-setup"
+    )
 
 
 def make(environment: str) -> None:
@@ -46,6 +56,15 @@ def make(environment: str) -> None:
         install = [str(python(environment)), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *packages]
         subprocess.run(install, check=True)
     stamp.write_text(wanted, encoding="utf-8")
+
+
+def export(source: Source) -> Iterator[str]:
+    """Write a model in every form that the engines read. Yields what cannot be written and why."""
+    for form in exported.FILES:
+        try:
+            exported.get(source, form, str(python(ENGINES)))
+        except NotAvailable as reason:
+            yield f"{source.name}: {reason}"
 
 
 def forget_failures() -> None:

@@ -41,7 +41,9 @@ def compare(answer: np.ndarray, reference: np.ndarray, lengths: list[int], dtype
         embeddings = answer.astype(np.float64)
         error = _error(embeddings, exact)
     else:
-        embeddings = np.stack([row[:length].mean(0, dtype=np.float64) for row, length in zip(answer, lengths, strict=True)])
+        embeddings = np.stack(
+            [row[:length].mean(0, dtype=np.float64) for row, length in zip(answer, lengths, strict=True)]
+        )
         error = max(_error(a[:n], b[:n]) for a, b, n in zip(answer, reference, lengths, strict=True))
     with np.errstate(invalid="ignore"):
         cosine = float(((embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)) * exact).sum(1).min())

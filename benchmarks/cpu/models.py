@@ -104,7 +104,12 @@ MODELS = {
         Model("vit-base", "image", "ViT-B/16", _transformers("ViTModel", "ViTConfig")),
         Model("wav2vec2-base", "audio", "wav2vec2-base", _transformers("Wav2Vec2Model", "Wav2Vec2Config")),
         # For the scaling curves, and for the tests of the benchmark.
-        Model("minilm-8k", "text", "MiniLM's size, 8,192 positions", _transformers("BertModel", "BertConfig", **_TEXT, **_8K)),
+        Model(
+            "minilm-8k",
+            "text",
+            "MiniLM's size, 8,192 positions",
+            _transformers("BertModel", "BertConfig", **_TEXT, **_8K),
+        ),
         Model("tiny", "text", "BERT, tiny", _transformers("BertModel", "BertConfig", **_TEXT, **_TINY)),
     )
 }

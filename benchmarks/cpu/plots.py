@@ -31,7 +31,9 @@ def _model(model: str, cells: dict[str, results.Cell], path: Path) -> Path:
     workloads = list(dict.fromkeys(cell["workload"] for cell in cells.values()))
     dtypes = [dtype for dtype in DTYPES if any(cell["dtype"] == dtype for cell in cells.values())]
     count = max(len(results.timed(cell)) for cell in cells.values())
-    figure = _figure((6.2 * len(dtypes), 0.9 + (0.55 + 0.19 * count) * len(workloads)), f"{model}: milliseconds a batch")
+    figure = _figure(
+        (6.2 * len(dtypes), 0.9 + (0.55 + 0.19 * count) * len(workloads)), f"{model}: milliseconds a batch"
+    )
     panels = figure.subplots(len(workloads), len(dtypes), squeeze=False)
     for row, workload in enumerate(workloads):
         for column, dtype in enumerate(dtypes):
@@ -63,7 +65,9 @@ def _cell(axes: Any, cell: results.Cell) -> None:
 def _colour(name: str) -> str:
     if name.startswith(FAST):
         return OURS_COLOUR
-    return STOCK_COLOUR if name in (STOCK_EAGER, STOCK_SDPA, STOCK_SORTED) or not SYSTEMS[name].engine else ENGINE_COLOUR
+    return (
+        STOCK_COLOUR if name in (STOCK_EAGER, STOCK_SDPA, STOCK_SORTED) or not SYSTEMS[name].engine else ENGINE_COLOUR
+    )
 
 
 Curve = list[tuple[float, float]]
@@ -79,7 +83,9 @@ def curves(panels: dict[str, tuple[str, str, bool, dict[str, Curve]]], title: st
         for index, (label, points) in enumerate(lines.items()):
             colour = OURS_COLOUR if FAST in label else STOCK_COLOUR
             style = "--" if "bf16" in label else "-"
-            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colour, label=label, zorder=2 + index)
+            axes.plot(
+                *zip(*points, strict=True), style, marker="o", markersize=3, color=colour, label=label, zorder=2 + index
+            )
         axes.set_title(name, fontsize=9, color=INK, loc="left")
         axes.set_xlabel(x_label, color=INK, fontsize=8)
         axes.set_ylabel(y_label, color=INK, fontsize=8)

@@ -97,7 +97,9 @@ class Pool:
     `status` says of every system what came of it; those in `running` can be asked.
     """
 
-    def __init__(self, systems: Iterable[str], source: Source, dtype: str, threads: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, systems: Iterable[str], source: Source, dtype: str, threads: int, say: Callable[[str], None]
+    ) -> None:
         self.source, self.dtype, self._threads, self._say = source, dtype, threads, say
         self.running: dict[str, WorkerProcess] = {}
         self.status: dict[str, Reply] = {system: {} for system in systems}

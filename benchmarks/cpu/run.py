@@ -13,17 +13,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import gpu_report_docs
 from benchmarks.common import environment
 from benchmarks.cpu import cell, environments, models, plots, results, tables, workloads
 from benchmarks.cpu.pool import Pool
 from benchmarks.cpu.systems import Source
-from benchmarks.files import write_text
+from benchmarks.files import RESULTS, write_text
 
 DTYPES = ("fp32", "bf16")
 LONGEST_TEXT = 256  # tokens at which a paragraph of TEXT is cut
 TEXTS = 32
 Report = Callable[[str, int, int], None]  # what is done, rounds done, rounds in all
-QUICK = {"minilm": ("W1", "W2", "W3", "W4", "TEXT"), "bert-base": ("W1",)}
+QUICK = {"minilm": ("W1 fp32", "W2 fp32", "W3 fp32", "W4 fp32", "W1 bf16", "W2 bf16", "W3 bf16", "W4 bf16")}
+QUICK["bert-base"] = ("W1 fp32",)
+
+
+class Meter:
+    """How far one part of the work is."""
+
+    def __init__(self, report: Report, label: str, total: int) -> None:
+        self._report, self._label, self._total, self._done = report, label, total, 0
+
+    def say(self, text: str) -> None:
+        """What is done now."""
+        self._report(f"{self._label}: {text}", self._done, self._total)
+
+    def tick(self) -> None:
+        """A round is over."""
+        self._done += 1
+        self._report("", self._done, self._total)
 
 
 @dataclass(frozen=True)
@@ -40,8 +58,11 @@ class Plan:
 
     def chosen(self, model: str, folder: Path) -> list[workloads.Workload]:
         """The workloads that this model can run."""
-        fitting = [workload for workload in self.workloads if not workloads.fits(workload, models.MODELS[model], folder)]
-        return [w for w in fitting if not self.quick or w.name in QUICK.get(model, ())]
+        return [workload for workload in self.workloads if not workloads.fits(workload, models.MODELS[model], folder)]
+
+    def has(self, model: str, workload: str, dtype: str) -> bool:
+        """Whether a cell is part of the plan."""
+        return not self.quick or f"{workload} {dtype}" in QUICK.get(model, ())
 
 
 def source(model: str) -> Source:
@@ -67,33 +88,28 @@ def measure(plan: Plan, console: Console) -> Iterator[results.Cell]:
 def _model(
     plan: Plan, files: Source, chosen: list[workloads.Workload], found: dict[str, Any], report: Report
 ) -> Iterator[results.Cell]:
-    tokens = real_tokens(files.folder)
-    total = plan.rounds * len(chosen)
-
-    def say(text: str) -> None:
-        report(f"{files.name}: {text}", 0, total)
-
-    with cell.prepared(files, chosen, tokens, plan.threads, say) as batches:
+    chosen = [w for w in chosen if any(plan.has(files.name, w.name, dtype) for dtype in plan.dtypes)]
+    beginning = Meter(report, files.name, 0)
+    with cell.prepared(files, chosen, real_tokens(files.folder), plan.threads, beginning.say) as batches:
         for dtype in plan.dtypes:
-            done = 0
-
-            def say_dtype(text: str, dtype: str = dtype) -> None:
-                report(f"{files.name} {dtype}: {text}", done, total)  # noqa: B023
-
-            def tick(dtype: str = dtype) -> None:
-                nonlocal done
-                done += 1
-                report("", done, total)
-
-            with Pool(plan.systems, files, dtype, plan.threads, say_dtype) as pool:
-                for work in batches:
-                    yield cell.measure(pool, work, plan.rounds, say_dtype, tick) | {"environment": found}
+            wanted = [work for work in batches if plan.has(files.name, work.workload.name, dtype)]
+            if not wanted:
+                continue
+            meter = Meter(report, f"{files.name} {dtype}", plan.rounds * len(wanted))
+            with Pool(plan.systems, files, dtype, plan.threads, meter.say) as pool:
+                for work in wanted:
+                    yield cell.measure(pool, work, plan.rounds, meter.say, meter.tick) | {"environment": found}
 
 
-def write(cells: dict[str, results.Cell], out: Path, images: Path | None) -> list[Path]:
-    """`cpu.md`, and the plots where there is a folder for them. `cpu.json` is written by `results.merge`."""
+def write(out: Path, images: Path) -> list[Path]:
+    """`cpu.md` and the plots, of all cells in `cpu.json`; and the page of the documentation, if they are the project's."""
+    cells = results.read(out)
     write_text(out / "cpu.md", tables.markdown(cells))
-    return [out / results.FILE, out / "cpu.md", *(plots.bars(cells, images) if images else [])]
+    written = [out / results.FILE, out / "cpu.md", *plots.bars(cells, images)]
+    if out.resolve() == RESULTS:
+        gpu_report_docs.main([])
+        written.append(gpu_report_docs.PAGE)
+    return written
 
 
 def real_tokens(folder: Path) -> list[int]:

@@ -82,26 +82,17 @@ def _sweep(
     files: Any, sweep: str, dtype: str, rounds: int, threads: int, longest: int, report: run.Report
 ) -> list[dict[str, Any]]:
     chosen = points(sweep, longest)
-    total, done = rounds * len(chosen), 0
-
-    def say(text: str) -> None:
-        report(f"{sweep} {dtype}: {text}", done, total)
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        report("", done, total)
-
+    meter = run.Meter(report, f"{sweep} {dtype}", rounds * len(chosen))
     rows = []
-    with cell.prepared(files, list(chosen.values()), [], threads, say) as batches:
+    with cell.prepared(files, list(chosen.values()), [], threads, meter.say) as batches:
         if sweep == "threads":
             for count, work in zip(chosen, batches, strict=True):
-                with Pool(SYSTEMS, files, dtype, int(count), say) as pool:
-                    rows.append({"value": count} | cell.measure(pool, work, rounds, say, tick))
+                with Pool(SYSTEMS, files, dtype, int(count), meter.say) as pool:
+                    rows.append({"value": count} | cell.measure(pool, work, rounds, meter.say, meter.tick))
         else:
-            with Pool(SYSTEMS, files, dtype, threads, say) as pool:
+            with Pool(SYSTEMS, files, dtype, threads, meter.say) as pool:
                 for value, work in zip(chosen, batches, strict=True):
-                    rows.append({"value": value} | cell.measure(pool, work, rounds, say, tick))
+                    rows.append({"value": value} | cell.measure(pool, work, rounds, meter.say, meter.tick))
     return rows
 
 

@@ -40,7 +40,9 @@ def opening(cells: Cells) -> Iterator[str]:
         many = f" ({count} of {len(cells)} cells)" if len(seen) > 1 else ""
         yield f"{json.loads(where)}{many}."
     for environment, versions in _versions(cells).items():
-        yield f"Environment {environment}: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+        yield (
+            f"Environment {environment}: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+        )
     yield (
         "Every system runs in a process of its own and holds the same weights; in every round each is timed once, and the "
         "others sleep. Times are medians over the rounds, with quartiles; ratios are of times of the same round. Calls under "
@@ -52,6 +54,11 @@ def opening(cells: Cells) -> Iterator[str]:
         "fastencoder's process. *Peak* is the resident memory of the process in a call, and the same without what it held "
         "before the model was loaded."
     )
+
+
+def section(cells: Cells) -> str:
+    """What the documentation shows: no cell in detail. Empty without cells."""
+    return "\n\n".join([*opening(cells), "Bars:", bars_table(cells), "Summary:", summary(cells)]) if cells else ""
 
 
 def bars_table(cells: Cells) -> str:
@@ -145,7 +152,7 @@ def place(cell: results.Cell) -> str:
     found = cell["environment"]
     flags = ", ".join(flag for flag, present in found["cpu_flags"].items() if present) or "unknown"
     lacks = ", ".join(flag for flag, present in found["cpu_flags"].items() if not present)
-    commit = (found["git_commit"] or "no git")[:12] + (" and changes" if found["git_changed_files"] else "")
+    commit = (found["git_commit"] or "no git")[:12]
     return (
         f"{found['device']}, {found['threads']} threads of {found['cpu_count']} CPUs; it has {flags}"
         + (f" and lacks {lacks}" if lacks else "")

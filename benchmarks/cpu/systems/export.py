@@ -146,7 +146,11 @@ def main(name: str, kind: str, folder: str, exported: str, form: str) -> int:
     except Exception as error:
         target.unlink(missing_ok=True)
         said = [line for line in str(error).splitlines() if line.strip()]
-        why = str(error) if isinstance(error, NotAvailable) else f"{type(error).__name__}: {said[0][:200] if said else ''}"
+        why = (
+            str(error)
+            if isinstance(error, NotAvailable)
+            else f"{type(error).__name__}: {said[0][:200] if said else ''}"
+        )
         text = json.dumps({"why": f"the export to {form} fails: {why}"})
         target.with_suffix(".failed.json").write_text(text, encoding="utf-8")
         return 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.cpu.systems import NotAvailable, Source
 
+_ROOT = Path(__file__).resolve().parents[3]
 FILES = {
     "onnx": "onnx/model.onnx",
     "onnx-optimised": "onnx-optimised/model.onnx",
@@ -19,8 +20,9 @@ FILES = {
 }
 
 
-def get(source: Source, form: str) -> Path:
-    """The model's file in this form, made if it is not there. A failure is remembered until the next setup.
+def get(source: Source, form: str, python: str = sys.executable) -> Path:
+    """The model's file in this form, made by this interpreter if it is not there. A failure is remembered until the next
+    setup.
 
     Raises:
         NotAvailable: it cannot be made; with the exporter's own words.
@@ -32,7 +34,7 @@ def get(source: Source, form: str) -> Path:
     if not failed.exists():
         arguments = [source.name, source.kind, str(source.folder), str(source.exported), form]
         made = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cpu.systems.export", *arguments], stdout=sys.stderr, check=False
+            [python, "-m", "benchmarks.cpu.systems.export", *arguments], stdout=sys.stderr, cwd=_ROOT, check=False
         )
         if made.returncode == 0 and target.exists():
             return target

@@ -23,7 +23,10 @@ def prepare(source: Source, dtype: str, threads: int, backend: str) -> Engine:
         arguments |= {"provider": "CPUExecutionProvider", "export": True, "session_options": options}
     else:
         precision = {"fp32": "f32", "bf16": "bf16"}[dtype]
-        arguments |= {"export": True, "ov_config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}}
+        arguments |= {
+            "export": True,
+            "ov_config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision},
+        }
     model = SentenceTransformer(
         str(source.folder), backend=backend, device="cpu", local_files_only=True, model_kwargs=arguments
     ).eval()
