@@ -19,6 +19,17 @@ SUMMARY += ["over stock", "over stock sorted", "of GEMM rate"]
 DETAIL = ["system", "ms", "quartiles", "real tokens/s", "fastencoder over it", "of GEMM rate", "error", "cosine"]
 DETAIL += ["peak MiB", "without libraries"]
 MIB = 2**20
+HOW = (
+    "Every system runs in a process of its own and holds the same weights; in every round each is timed once, and the others "
+    "sleep. Times are medians over the rounds, with quartiles; ratios are of times of the same round. Calls under 0.1 s are "
+    "repeated within a round and the first is left out. *Error* is the largest relative error of a real token against stock "
+    "in fp32, *cosine* the least of a sequence's mean-pooled embedding; a system that is not near enough (fp32: error 1e-4, "
+    "bf16: cosine 0.999) has no speed. *Best engine* is the fastest of torch.compile, ONNX Runtime, OpenVINO, CTranslate2 "
+    "and nn.TransformerEncoder at the same dtype. *Of GEMM rate*: operations of the real tokens a second over what bare "
+    "matrix products reach on the shapes of the model's linears, measured in fastencoder's process (`linear`, the same with "
+    "weights in oneDNN's order, in bf16 also in fp32; the fastest of these). *Peak* is the resident memory of the process in "
+    "a call, and the same without what it held before the model was loaded."
+)
 
 
 def markdown(cells: Cells) -> str:
@@ -43,17 +54,7 @@ def opening(cells: Cells) -> Iterator[str]:
         yield (
             f"Environment {environment}: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
         )
-    yield (
-        "Every system runs in a process of its own and holds the same weights; in every round each is timed once, and the "
-        "others sleep. Times are medians over the rounds, with quartiles; ratios are of times of the same round. Calls under "
-        "0.1 s are repeated within a round and the first is left out. *Error* is the largest relative error of a real token "
-        "against stock in fp32, *cosine* the least of a sequence's mean-pooled embedding; a system that is not near enough "
-        "(fp32: error 1e-4, bf16: cosine 0.999) has no speed. *Best engine* is the fastest of torch.compile, ONNX Runtime, "
-        "OpenVINO, CTranslate2 and nn.TransformerEncoder at the same dtype. *Of GEMM rate*: operations of the real tokens a "
-        "second over what torch's bare matrix products reach on the shapes of the model's linears, measured in "
-        "fastencoder's process. *Peak* is the resident memory of the process in a call, and the same without what it held "
-        "before the model was loaded."
-    )
+    yield HOW
 
 
 def section(cells: Cells) -> str:
