@@ -33,8 +33,8 @@ def sections(results: Path) -> dict[str, str]:
         data = None  # a dry run measures nothing
     parts = data["parts"] if data is not None else {}
     made = {
-        "cpu": (cpu_tables.section(cpu_results.read(results)) or NOT_YET) + _images("cpu_minilm", "cpu_bert-base"),
-        "cpu-scaling": _without_title(results / "cpu_scaling.md") + _images("cpu_scaling"),
+        "cpu": _cpu(results),
+        "cpu-scaling": _scaling(results),
         "where": NOT_YET if data is None else where(data) + "\n\n" + _verdict(data),
         "bars": markdown_table(gpu_report_bars.HEADER, gpu_report_bars.lines(parts)),
         "grid": _grid(parts),
@@ -44,15 +44,28 @@ def sections(results: Path) -> dict[str, str]:
     return made
 
 
-def _without_title(path: Path) -> str:
-    """A report as it is, without its title."""
-    return path.read_text(encoding="utf-8").partition("\n")[2].strip() if path.exists() else NOT_YET
+def _cpu(results: Path) -> str:
+    """The bars, a line for each cell, and the plots."""
+    cells = cpu_results.read(results)
+    if not cells:
+        return NOT_YET
+    every = "Every system of every cell: [cpu.md](../benchmarks/results/cpu.md)."
+    return "\n\n".join([cpu_tables.section(cells), every, *_images("cpu_minilm", "cpu_bert-base")])
 
 
-def _images(*names: str) -> str:
+def _scaling(results: Path) -> str:
+    """The report as it is, without its title, and its plots."""
+    path = results / "cpu_scaling.md"
+    if not path.exists():
+        return NOT_YET
+    text = path.read_text(encoding="utf-8").partition("\n")[2].strip().replace("\n## ", "\n#### ")
+    return "\n\n".join([text, *_images("cpu_scaling")])
+
+
+def _images(*names: str) -> list[str]:
     """The plots that are there."""
     there = [name for name in names if (PAGE.parent / "images" / f"{name}.png").exists()]
-    return "".join(f"\n\n![{name.replace('_', ' ')}](images/{name}.png)" for name in there)
+    return [f"![{name.replace('_', ' ')}](images/{name}.png)" for name in there]
 
 
 def _verdict(data: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import gpu_report_docs
 from benchmarks.cpu import __main__ as program
 from benchmarks.cpu import bars, cell, environments, judge, models, plots, pool, results, scaling, tables, workloads
 from benchmarks.cpu.systems import FAST, STOCK_EAGER, STOCK_SDPA, STOCK_SORTED, SYSTEMS
@@ -261,6 +262,14 @@ def test_tables_show_times_and_reasons():
     wrong = copy.deepcopy(cells)
     wrong["minilm W1 fp32"]["systems"][FAST] = {"wrong": "error 1", "error": 1.0}
     assert "- fastencoder: wrong answers: error 1" in tables.markdown(wrong)
+
+
+def test_the_documentation_shows_what_was_measured(tmp_path):
+    assert gpu_report_docs.sections(tmp_path)["cpu"] == gpu_report_docs.NOT_YET
+    results.merge(tmp_path, made_up())
+    shown = gpu_report_docs.sections(tmp_path)["cpu"]
+    assert "| minilm | W1 | fp32 | 33% | 3,000 | OpenVINO static | 2,000 | 1,000 | 2.00 (2.00 to 2.00) |" in shown
+    assert "| minilm W1 fp32, over the best engine | 2.00x | 2.00x (OpenVINO static) | met |" in shown
 
 
 def test_plots_are_drawn(tmp_path):
