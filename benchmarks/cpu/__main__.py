@@ -78,7 +78,7 @@ def run_(
             threads=threads,
             quick=quick and not given,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
     look = bool(systems)  # a cell without its peers must not take the place of a whole one
     folder = output_folder(out or (environments.CACHE / "look" if look else None))
