@@ -45,6 +45,8 @@ KERNELS_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # The models used here are local; nothing may try to reach a model hub.
+# What the C++ extension is built from.
+NATIVE := $(wildcard fastencoder/native/*)
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # The stamp's name carries the requirement, so that `make TORCH=...` installs again.
@@ -69,13 +71,13 @@ $(TORCH_STAMP): | $(BIN)/python
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
-$(VENV)/.demo: pyproject.toml $(TORCH_STAMP)
+$(VENV)/.demo: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
 	@echo "installing fastencoder[demo] into $(VENV)"
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
 # timm asks for torchvision, which would bring another torch; its transformers import without.
-$(VENV)/.test: pyproject.toml $(TORCH_STAMP)
+$(VENV)/.test: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
 	@echo "installing fastencoder[test,demo] into $(VENV)"
 	@$(PIP) --editable '.[test,demo]'
 	@$(PIP) --no-deps 'timm>=1.0.20'

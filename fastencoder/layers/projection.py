@@ -43,7 +43,7 @@ class Plain:
 
 
 class Prepacked(Plain):
-    """A copy of the weight in oneDNN's layout; the bias stays the module's own."""
+    """A copy of the weight in the layout that is multiplied fastest; the bias stays the module's own."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__(linear)
@@ -56,7 +56,7 @@ class Prepacked(Plain):
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.dtype != self.linear.weight.dtype:
+        if not linear_cpu.takes(self._weight, self.linear.weight.dtype, x.dtype):
             return super().__call__(x, activation, residual, scale)
         return linear_cpu.linear_prepacked(x, self._weight, self.linear.bias, activation, residual, scale=scale)
 

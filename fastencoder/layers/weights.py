@@ -102,10 +102,11 @@ class Projections:
             return self._split(kernels.linear(x, self._qkv_weight, self._qkv_bias))
         if self.device.type != "cpu":
             return self._heads_of(*(self.slots[slot](x) for slot in _QKV))
-        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach().to(x.dtype)
-        if self.layout == "prepacked" and x.dtype == self.dtype:
+        bias = None if self._qkv_biases is None else torch.cat(self._qkv_biases).detach()
+        if self.layout == "prepacked" and linear_cpu.takes(self._qkv_weight, self.dtype, x.dtype):
             fused = linear_cpu.linear_prepacked(x, self._qkv_weight, bias)
         else:
+            bias = None if bias is None else bias.to(x.dtype)
             weight = torch.cat([self.slots[slot].linear.weight for slot in _QKV])
             fused = linear_cpu.linear(x, weight.to(x.dtype), bias)
         return self._split(fused)

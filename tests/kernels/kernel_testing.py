@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
 import torch
+
+from fastencoder.kernels import implementation as _implementation
+from fastencoder.kernels import native
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
+
+# Of operations that are in the C++ extension too, where "cpu" is plain PyTorch.
+NATIVE = tuple(
+    pytest.param(f"cpu {isa}", marks=pytest.mark.skipif(place > native.best, reason=f"no extension, or no {isa} here"))
+    for place, isa in enumerate(native.ISAS)
+    if place > 0
+)
+ALL_IMPLEMENTATIONS = (*IMPLEMENTATIONS, *NATIVE)
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Operations run on this implementation: one of :data:`ALL_IMPLEMENTATIONS`, or "cuda"."""
+    kind, _, isa = name.partition(" ")
+    with _implementation(kind), native.isa(isa or "none"):
+        yield
 
 
 def device_of(implementation: str) -> str:

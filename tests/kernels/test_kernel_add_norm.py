@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, random, rounding
+from kernel_testing import ALL_IMPLEMENTATIONS, assert_within, device_of, implementation, random, rounding
 
-from fastencoder.kernels import add_norm, implementation
+from fastencoder.kernels import add_norm
 
 
 def check(name, x, residual, weight, bias, eps, scale, x_bias=None, rms=False, dtype=None, keep_sum=True):
@@ -42,7 +42,7 @@ def check(name, x, residual, weight, bias, eps, scale, x_bias=None, rms=False, d
         assert total.shape == (0, added.shape[1])
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [1, 37, 72, 760, 1024])
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
@@ -56,7 +56,7 @@ def test_sizes_and_eps(name, dtype, dim, eps):
     check(name, x, residual, weight, bias, eps, None)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(0, 20),
@@ -81,7 +81,7 @@ def test_optional_parts(name, rows, dim, dtype, present):
     check(name, x, residual, weight, bias, 1e-5, scale, x_bias, rms, keep_sum=keep_sum)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @settings(max_examples=15, deadline=None)
 @given(
     parts=st.integers(1, 9),
@@ -105,7 +105,7 @@ def test_partial_sums(name, parts, rows, dim, dtype, present):
     check(name, x, residual, weight, None, 1e-5, scale, x_bias, rms, dtype=dtype, keep_sum=keep_sum)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_partial_sums_are_added_before_rounding(name):
     """Parts that cancel: rounded one by one to float16 they would leave nothing of the small sum."""
     device = device_of(name)
@@ -116,7 +116,7 @@ def test_partial_sums_are_added_before_rounding(name):
     check(name, x, residual, torch.ones_like(residual[0]), None, 1e-5, None, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_partial_sums_that_are_a_view(name):
     device = device_of(name)
     wide = torch.full((3, 5, 80), float("nan"), device=device)
@@ -152,7 +152,7 @@ def test_a_row_must_fit_the_registers():
         row_tile(1, 16385, 2, limits)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_the_variance_is_centred(name):
     """A mean 2000 times the deviation: E[x^2] - E[x]^2 would leave nothing of float32."""
     device = device_of(name)
@@ -161,7 +161,7 @@ def test_the_variance_is_centred(name):
     check(name, x, residual, torch.ones(256, device=device), None, 1e-12, None)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_the_norm_sees_the_sum_before_rounding(name):
     """In float16 2048 + x is a multiple of two: a norm of the rounded sum would be of another row."""
     device = device_of(name)
@@ -170,7 +170,7 @@ def test_the_norm_sees_the_sum_before_rounding(name):
     check(name, x, residual, torch.ones_like(x[0]), None, 1e-5, None)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_strided_rows(name):
     device = device_of(name)
     wide = torch.full((12, 90), float("nan"), device=device)
@@ -180,7 +180,7 @@ def test_strided_rows(name):
     check(name, wide[:, 7:79], residual, weight, None, 1e-5, None)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_nothing_to_add_returns_the_input(name):
     x = random(0, 5, 16, dtype=torch.float32, device=device_of(name))
     before = x.clone()
@@ -191,7 +191,7 @@ def test_nothing_to_add_returns_the_input(name):
     assert normed.data_ptr() != x.data_ptr()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_a_sum_that_nobody_reads(name):
     x = random(0, 5, 16, dtype=torch.float16, device=device_of(name))
     for residual in (None, x):

@@ -6,16 +6,25 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_testing import IMPLEMENTATIONS, TRITON_DEVICE, assert_within, device_of, dot_works, random, rounding
+from kernel_testing import (
+    ALL_IMPLEMENTATIONS,
+    TRITON_DEVICE,
+    assert_within,
+    device_of,
+    dot_works,
+    implementation,
+    random,
+    rounding,
+)
 from varlen_attention_testing import check, expected_of, offsets_of, qkv_of, ragged_lengths
 
-from fastencoder.kernels import implementation, varlen_attention
+from fastencoder.kernels import varlen_attention
 
 # NumPy under the interpreter warns of NaN and infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
 @given(
     lengths=ragged_lengths(40),
@@ -37,7 +46,7 @@ def test_any_lengths(name, lengths, heads, dim, dtype):
     check(name, q, k, v, lengths, dim**-0.5)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "dtype, longest",
     [(torch.float16, 20), (torch.float16, 128), (torch.float16, 129), (torch.bfloat16, 129), (torch.float32, 40)],
@@ -72,7 +81,7 @@ def test_tf32_and_older_devices_take_other_blocks(monkeypatch, dtype, longest, d
     assert_within(out, expected, 2 * rounding(dtype) * 8 * spread if dtype == torch.float32 else 2e-3 * spread)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype, longest", [(torch.float16, 40), (torch.float16, 150), (torch.float32, 40)])
 def test_neighbours_never_leak(name, dtype, longest):
     """NaN in the sequences before and after, and behind the end of the buffer, stays where it is."""
@@ -92,7 +101,7 @@ def test_neighbours_never_leak(name, dtype, longest):
     assert out[:30].isnan().all()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_large_scores(name):
     """Without the subtraction of the maximum these exponentials are infinite; the largest key is in the last block."""
     lengths = [150, 20]
@@ -101,7 +110,7 @@ def test_large_scores(name):
     check(name, q * 10, k, v, lengths, 1.0)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 def test_scale(name, scale):
     """1.0 is what T5 uses."""
@@ -109,14 +118,14 @@ def test_scale(name, scale):
     check(name, *qkv_of(lengths, 2, 32, torch.float32, device_of(name)), lengths, scale)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("max_seqlen", [40, 64, 128, 300])
 def test_max_seqlen_is_only_a_bound(name, max_seqlen):
     lengths = [40, 3, 17]
     check(name, *qkv_of(lengths, 2, 32, torch.float32, device_of(name)), lengths, 0.2, max_seqlen)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_strided_layouts(name):
     """Heads before tokens, a last dimension that is not contiguous, and one buffer for keys and values."""
     device, lengths = device_of(name), [12, 30]

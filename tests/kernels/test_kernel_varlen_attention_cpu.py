@@ -1,4 +1,4 @@
-"""The rows, masks and cache of ``varlen_attention`` on CPU."""
+"""The rows, masks and cache of ``varlen_attention`` on CPU, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from hypothesis import strategies as st
 from kernel_testing import assert_within, random
 from varlen_attention_testing import bound_of, check, decomposed_of, disentangled_of, expected_of, offsets_of, qkv_of
 
-from fastencoder.kernels import varlen_attention
+from fastencoder.kernels import native, varlen_attention
 from fastencoder.kernels.varlen_attention import cpu, cpu_masks
 from fastencoder.kernels.varlen_attention.features import PLAIN
 from fastencoder.kernels.varlen_attention.rows import Limits, plan_rows
 
 HEADS = 3
 RAGGED = [5, 0, 40, 17, 1, 90, 33, 100, 130, 2, 8, 8, 260, 300]
+
+
+@pytest.fixture(autouse=True)
+def without_extension():
+    with native.isa("none"):
+        yield
 
 
 def features_of(names, lengths, dtype=torch.float32):

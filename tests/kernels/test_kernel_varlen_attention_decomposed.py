@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_testing import NATIVE, implementation
 from varlen_attention_testing import offsets_of
 
-from fastencoder.kernels import implementation, varlen_attention
+from fastencoder.kernels import varlen_attention
 
 HEADS, DIM = 3, 16
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", *NATIVE])
 @pytest.mark.parametrize("height, width, images", [(4, 7, 3), (7, 4, 1), (18, 17, 2)])
 @torch.no_grad()
 def test_sam(name, height, width, images):

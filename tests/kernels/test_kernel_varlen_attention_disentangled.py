@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_testing import NATIVE, implementation
 from varlen_attention_testing import offsets_of
 
-from fastencoder.kernels import implementation, varlen_attention
+from fastencoder.kernels import varlen_attention
 
 HEADS, DIM = 3, 16
 LENGTHS = [40, 1, 23]
@@ -50,7 +51,7 @@ def stock(attention, hidden, **arguments):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", *NATIVE])
 @pytest.mark.parametrize("kinds", [["c2p", "p2c"], ["p2c"], ["c2p"]])
 @pytest.mark.parametrize("buckets, longest", [(-1, 64), (-1, 9), (8, 32), (8, 12), (6, 512)])
 @pytest.mark.parametrize("shared", [True, False])
@@ -84,7 +85,7 @@ def test_deberta_v2(name, kinds, buckets, longest, shared):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", *NATIVE])
 @pytest.mark.parametrize("kinds", [["c2p", "p2c"], ["p2c"], ["c2p"]])
 @pytest.mark.parametrize("longest", [64, 9])
 @torch.no_grad()

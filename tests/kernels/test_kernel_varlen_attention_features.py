@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, dot_works, random
+from kernel_testing import ALL_IMPLEMENTATIONS, NATIVE, assert_within, device_of, dot_works, implementation, random
 from varlen_attention_testing import (
     bound_of,
     check,
@@ -18,7 +18,7 @@ from varlen_attention_testing import (
     ragged_lengths,
 )
 
-from fastencoder.kernels import implementation, varlen_attention
+from fastencoder.kernels import varlen_attention
 
 # NumPy under the interpreter warns of NaN and infinity
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -64,7 +64,7 @@ ALONE = ["causal", "window", "left", "right", "softcap", "rope", "interleaved", 
 ALONE += ["relative", "bias", "shared_bias", "c2p", "p2c", "c2p+p2c", "decomposed"]
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("max_seqlen", [30, LOOPED])
 @pytest.mark.parametrize("feature", ALONE)
@@ -83,7 +83,7 @@ def test_one_feature(name, dtype, max_seqlen, feature):
     check(name, q, k, v, lengths, DIM**-0.5, max_seqlen, **features)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
 @given(
     lengths=ragged_lengths(40),
@@ -108,7 +108,7 @@ def test_features_together(name, lengths, key_heads, dtype, positions, sight, ot
     check(name, q, k, v, lengths, DIM**-0.5, **features)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["cpu", "triton", *NATIVE])
 @pytest.mark.parametrize("feature", ["causal", "wide", "window"])
 def test_windows_of_long_sequences(name, feature):
     """Masked blocks at both edges, whole blocks between them, and blocks that are skipped; several blocks of queries."""
@@ -136,7 +136,7 @@ def test_keys_outside_the_window_of_a_tile_are_not_read(dtype):
     assert_within(out[tile], expected[tile], bound_of(dtype, spread[tile], {}))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("max_seqlen", [20, LOOPED])
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -152,7 +152,7 @@ def test_a_query_that_sees_no_key_gives_zero(name, dtype, max_seqlen, softcap):
     assert torch.equal(out[5], v[0])
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("max_seqlen", [20, LOOPED])
 def test_the_lowest_number_as_bias(name, max_seqlen):
     """transformers hides keys with the lowest number of the dtype; where it hides all of them, all count the same."""
@@ -182,7 +182,7 @@ def test_softcap_keeps_the_digits_of_small_scores():
     assert_within(out[::2, 0, 0], torch.sigmoid(left), bound)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_neighbours_never_leak(name, dtype, bad):

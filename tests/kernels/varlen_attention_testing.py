@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from kernel_testing import assert_within, random, rounding
+from kernel_testing import assert_within, implementation, random, rounding
 
-from fastencoder.kernels import implementation, varlen_attention
+from fastencoder.kernels import varlen_attention
 
 
 def offsets_of(lengths, device):

@@ -1,4 +1,5 @@
-"""``linear`` on CPU: oneDNN through PyTorch, with a weight that may be laid out for oneDNN once and used many times."""
+"""``linear`` on CPU: the C++ extension where it is faster, otherwise oneDNN through PyTorch. Both take a weight as it is, or
+laid out once to be used many times."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from fastencoder.kernels.linear import reference
+from fastencoder.kernels.linear import cpu_native, reference
+from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.kernels.linear.reference import ACTIVATIONS
 
 # What oneDNN applies to the float32 accumulator before it writes: our name -> (its post-op, its algorithm). "none" is the
@@ -38,8 +40,12 @@ def linear(
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, K]``, ``[N, K]`` (gated: ``[2 N, K]``), ``[N]`` (``[2 N]``), name, ``[T, N]``, ``[N]`` -> ``[T, N]``."""
+    if not gated and cpu_native.runs(x, weight, bias, residual, scale):
+        return cpu_native.linear(x, weight, bias, activation, residual, scale)
     if scale is not None:
         return _scaled(linear(x, weight, bias, activation, None, gated), scale, residual)
+    if gated and cpu_native.runs(x, weight, bias, None, None):
+        return _epilogue(cpu_native.linear(x, weight, bias), activation, residual, gated)
     if x.dtype in (torch.float16, torch.bfloat16) and _finishes(x.dtype):
         if not gated:
             return linear_prepacked(x, weight, bias, activation, residual)
@@ -57,7 +63,9 @@ def linear_partial(x: torch.Tensor, weight: torch.Tensor, splits: int) -> torch.
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN can keep its own layout of this weight (``[N, K]``) and multiply by it here."""
+    """Whether this weight (``[N, K]``) can be multiplied here in a layout of its own."""
+    if weight.device.type == "cpu" and cpu_native.multiplies(weight.dtype):
+        return True
     return (
         weight.device.type == "cpu"
         and weight.dtype in _PREPACKED_DTYPES
@@ -84,9 +92,12 @@ def float32_is_faster(dtype: torch.dtype, tokens: int) -> bool:
     """Whether a product of so many tokens is faster in float32, the conversion of the weight included.
 
     bfloat16 without AMX multiplies at 0.6 times the rate of float32 on an x86 processor (measured: 165 against 290 GFLOP/s on
-    two cores of a Xeon that has AVX-512 and hides AMX, from 64 tokens on); the answers are the more exact for it.
+    two cores of a Xeon that has AVX-512 and hides AMX, from 64 tokens on); the answers are the more exact for it. The extension
+    reads the weights in bfloat16 and multiplies in float32, for any number of tokens.
     """
-    return dtype == torch.bfloat16 and tokens >= 64 and _is_x86_without_amx()
+    if dtype != torch.bfloat16:
+        return False
+    return cpu_native.multiplies(dtype) or (tokens >= 64 and _is_x86_without_amx())
 
 
 @cache
@@ -94,14 +105,22 @@ def _is_x86_without_amx() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
 
-def prepack(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of ``weight`` ``[N, K]`` in the layout that oneDNN multiplies fastest; of the same size in bytes."""
+def prepack(weight: torch.Tensor) -> torch.Tensor | Panels:
+    """A copy of ``weight`` ``[N, K]`` in the layout that is multiplied fastest; of the same size in bytes, but for the last
+    panel, which is filled up."""
+    if cpu_native.multiplies(weight.dtype):
+        return cpu_native.pack(weight)
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+def takes(packed_weight: torch.Tensor | Panels, weight_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a weight of `weight_dtype` from :func:`prepack` multiplies activations of `dtype`."""
+    return dtype == (torch.float32 if isinstance(packed_weight, Panels) else weight_dtype)
 
 
 def linear_prepacked(
     x: torch.Tensor,
-    packed_weight: torch.Tensor,
+    packed_weight: torch.Tensor | Panels,
     bias: torch.Tensor | None,
     activation: str = "identity",
     residual: torch.Tensor | None = None,
@@ -113,10 +132,15 @@ def linear_prepacked(
     ``[T, K]``, opaque, ``[N]``, name, ``[T, N]`` -> ``[T, N]``. Gated: an opaque ``[2 N, K]`` and ``[2 N]``; the halves of the
     product are rounded before they meet.
     """
-    if scale is not None:
+    if scale is not None and (gated or not isinstance(packed_weight, Panels)):
         return _scaled(linear_prepacked(x, packed_weight, bias, activation, None, gated), scale, residual)
+    if isinstance(packed_weight, Panels) and not gated:
+        return cpu_native.linear(x, packed_weight, bias, activation, residual, scale)
     if gated:
-        product = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
+        if isinstance(packed_weight, Panels):
+            product = cpu_native.linear(x, packed_weight, bias)
+        else:
+            product = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
         return _epilogue(product, activation, residual, gated)
     if residual is not None and activation == "identity":
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed_weight, bias, "add")

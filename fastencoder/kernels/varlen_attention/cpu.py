@@ -1,8 +1,8 @@
-"""``varlen_attention`` on CPU, without a loop over sequences: sequences become rows of a few dense attention calls.
+"""``varlen_attention`` on CPU: in the C++ extension, or without a Python loop over sequences in plain PyTorch.
 
-``rows.py`` says which, ``cpu_masks.py`` what is added to their scores. Long rows with a mask take their queries in blocks,
-each with the keys that it sees, so that a window costs what it shows, and a bias by distance is never spelled out for a
-whole long sequence.
+In plain PyTorch sequences become rows of a few dense attention calls. ``rows.py`` says which, ``cpu_masks.py`` what is
+added to their scores. Long rows with a mask take their queries in blocks, each with the keys that it sees, so that a window
+costs what it shows, and a bias by distance is never spelled out for a whole long sequence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastencoder.kernels._dispatch import accumulation_dtype
+from fastencoder.kernels.varlen_attention import cpu_native
 from fastencoder.kernels.varlen_attention.cpu_masks import CACHE_BYTES, MaskCache, mask
 from fastencoder.kernels.varlen_attention.features import (
     PLAIN,
@@ -43,6 +44,8 @@ def varlen_attention(
     tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, int32 ``[B + 1]`` -> ``[T, H, d]``."""
+    if cpu_native.runs(q, k, v, features):
+        return cpu_native.varlen_attention(q, k, v, offsets, scale, features)
     bounds = offsets.tolist()
     lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     longest = max(lengths, default=0)

@@ -1,0 +1,77 @@
+// What the kernels are given. Pointers are to the first element; strides count elements, and the last dimension of every
+// tensor is contiguous. A null pointer means that the feature is not asked for.
+#pragma once
+#include <cstdint>
+
+namespace fastencoder {
+
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// varlen_attention of kernels/varlen_attention/__init__.py, without softcap.
+struct Attention {
+    const void *q, *k, *v;  // [T, H, d], [T, Hk, d], [T, Hk, d] of `dtype`
+    void* out;              // [T, H, d], contiguous, of `dtype`
+    const int32_t* offsets;  // [B + 1]
+    int64_t dtype, sequences, heads, kv_heads, dim;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
+    int64_t left, right;  // how far a query sees; negative: without limit
+    double scale;
+    const float *cos, *sin;  // [T, rotated / 2], contiguous
+    int64_t rotated, interleaved;
+    const float* relative_bias;  // [H, 2 * reach - 1], contiguous
+    int64_t reach;
+    const float* bias;  // by strides, 0 for a dimension of one
+    int64_t bias_sequence, bias_head, bias_query;
+    const void *c2p, *p2c;  // [T, H, P] of `dtype`
+    int64_t c2p_token, c2p_head, p2c_token, p2c_head;
+    const int32_t* columns;  // [2 * column_reach - 1]
+    int64_t column_reach;
+    const float *rel_h, *rel_w;  // [T, H, Kh], [T, H, Kw]
+    int64_t rel_h_token, rel_h_head, rel_w_token, rel_w_head, grid_width;
+    int64_t threads;
+};
+
+// add_norm of kernels/add_norm/__init__.py, for x [T, D].
+struct AddNorm {
+    const void *x, *residual;  // [T, D], contiguous, of `dtype`
+    const void *weight, *bias, *scale, *x_bias;  // [D] of `vector_dtype`, which is float32 or `dtype`
+    void *normed, *sum;  // [T, D] of `dtype`; either may be x itself
+    int64_t dtype, vector_dtype, rows, dim, rms;
+    double eps;
+    int64_t threads;
+};
+
+// linear of kernels/linear/__init__.py in float32, not gated. The weight is [N, K] by rows, or packed: [N / P, K, P] with
+// P = panel_width(), rows beyond N zero.
+struct Linear {
+    const float* x;  // [T, K], contiguous
+    const void* weight;
+    const void *bias, *scale;  // [N] of `weight_dtype`
+    const float* residual;     // [T, N], contiguous
+    float* out;                // [T, N], contiguous
+    int64_t weight_dtype, weight_row, packed;  // weight_row: stride between rows, where it is not packed
+    int64_t rows, outputs, inputs, activation;
+    int64_t threads;
+};
+
+// Some queries of a sequence, and the keys that some of them see; positions in the sequence.
+struct Task {
+    int64_t sequence, first, end, low, high;
+};
+constexpr int64_t kQueries = 96;  // of a task, at most
+
+// False if there was no memory.
+namespace avx512 {
+bool attention(const Attention& a, const Task* tasks, int64_t count);
+bool add_norm(const AddNorm& a);
+bool linear(const Linear& a);
+int64_t panel_width();
+}
+namespace avx2 {
+bool attention(const Attention& a, const Task* tasks, int64_t count);
+bool add_norm(const AddNorm& a);
+bool linear(const Linear& a);
+int64_t panel_width();
+}
+
+}  // namespace fastencoder

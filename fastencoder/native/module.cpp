@@ -1,0 +1,164 @@
+// fastencoder._native: the kernels as functions on addresses. kernels/native.py is the only caller, and checks everything.
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace fastencoder;
+
+namespace {
+
+// Reads positional arguments in the order in which they are given; an error stays set until `ok` is asked.
+class Arguments {
+  public:
+    Arguments(PyObject* const* given, Py_ssize_t count) : given_(given), count_(count) {}
+    int64_t integer() {
+        PyObject* x = next();
+        return x ? PyLong_AsLongLong(x) : 0;
+    }
+    double real() {
+        PyObject* x = next();
+        return x ? PyFloat_AsDouble(x) : 0;
+    }
+    template <class T>
+    void address(T*& to) {
+        to = reinterpret_cast<T*>(integer());
+    }
+    bool ok() {
+        if (!PyErr_Occurred() && (missing_ || at_ != count_)) PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
+        return !PyErr_Occurred();
+    }
+
+  private:
+    PyObject* next() {
+        if (at_ < count_) return given_[at_++];
+        missing_ = true;
+        return nullptr;
+    }
+    PyObject* const* given_;
+    Py_ssize_t count_, at_ = 0;
+    bool missing_ = false;
+};
+
+enum Isa { kNone, kAvx2, kAvx512 };
+
+Isa best_isa() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kNone;
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return wide ? kAvx512 : kAvx2;
+}
+
+std::vector<Task> tasks_of(const Attention& a) {
+    std::vector<Task> tasks;
+    for (int64_t b = 0; b < a.sequences; b++) {
+        int64_t length = a.offsets[b + 1] - a.offsets[b];
+        for (int64_t first = 0; first < length; first += kQueries) {
+            int64_t end = std::min(first + kQueries, length);
+            int64_t low = a.left < 0 ? 0 : std::max<int64_t>(0, first - a.left);
+            int64_t high = a.right < 0 ? length : std::min(length, end + a.right);
+            tasks.push_back({b, first, end, low, high});
+        }
+    }
+    // Long ones first, so that the threads end at the same time.
+    auto cost = [](const Task& t) { return (t.end - t.first) * (t.high - t.low); };
+    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& x, const Task& y) { return cost(x) > cost(y); });
+    return tasks;
+}
+
+PyObject* done(bool enough_memory) {
+    if (!enough_memory) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+// (isa, q, k, v, out, ...): the members of Attention in their order.
+PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    Attention a;
+    int64_t isa = from.integer();
+    from.address(a.q), from.address(a.k), from.address(a.v), from.address(a.out), from.address(a.offsets);
+    for (int64_t* x : {&a.dtype, &a.sequences, &a.heads, &a.kv_heads, &a.dim, &a.q_token, &a.q_head, &a.k_token, &a.k_head,
+                       &a.v_token, &a.v_head, &a.left, &a.right})
+        *x = from.integer();
+    a.scale = from.real();
+    from.address(a.cos), from.address(a.sin);
+    a.rotated = from.integer(), a.interleaved = from.integer();
+    from.address(a.relative_bias), a.reach = from.integer();
+    from.address(a.bias);
+    a.bias_sequence = from.integer(), a.bias_head = from.integer(), a.bias_query = from.integer();
+    from.address(a.c2p), from.address(a.p2c);
+    for (int64_t* x : {&a.c2p_token, &a.c2p_head, &a.p2c_token, &a.p2c_head}) *x = from.integer();
+    from.address(a.columns), a.column_reach = from.integer();
+    from.address(a.rel_h), from.address(a.rel_w);
+    for (int64_t* x : {&a.rel_h_token, &a.rel_h_head, &a.rel_w_token, &a.rel_w_head, &a.grid_width}) *x = from.integer();
+    a.threads = from.integer();
+    if (!from.ok()) return nullptr;
+    bool enough_memory;
+    Py_BEGIN_ALLOW_THREADS;
+    std::vector<Task> tasks = tasks_of(a);
+    auto run = isa == kAvx512 ? avx512::attention : avx2::attention;
+    enough_memory = run(a, tasks.data(), tasks.size());
+    Py_END_ALLOW_THREADS;
+    return done(enough_memory);
+}
+
+// (isa, x, residual, ...): the members of AddNorm in their order.
+PyObject* add_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    AddNorm a;
+    int64_t isa = from.integer();
+    from.address(a.x), from.address(a.residual), from.address(a.weight), from.address(a.bias), from.address(a.scale);
+    from.address(a.x_bias), from.address(a.normed), from.address(a.sum);
+    for (int64_t* x : {&a.dtype, &a.vector_dtype, &a.rows, &a.dim, &a.rms}) *x = from.integer();
+    a.eps = from.real();
+    a.threads = from.integer();
+    if (!from.ok()) return nullptr;
+    bool enough_memory;
+    Py_BEGIN_ALLOW_THREADS;
+    enough_memory = (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a);
+    Py_END_ALLOW_THREADS;
+    return done(enough_memory);
+}
+
+// (isa, x, weight, ...): the members of Linear in their order.
+PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    Linear a;
+    int64_t isa = from.integer();
+    from.address(a.x), from.address(a.weight), from.address(a.bias), from.address(a.scale), from.address(a.residual);
+    from.address(a.out);
+    for (int64_t* x : {&a.weight_dtype, &a.weight_row, &a.packed, &a.rows, &a.outputs, &a.inputs, &a.activation, &a.threads})
+        *x = from.integer();
+    if (!from.ok()) return nullptr;
+    bool enough_memory;
+    Py_BEGIN_ALLOW_THREADS;
+    enough_memory = (isa == kAvx512 ? avx512::linear : avx2::linear)(a);
+    Py_END_ALLOW_THREADS;
+    return done(enough_memory);
+}
+
+PyObject* panel_width(PyObject*, PyObject* isa) {
+    int64_t wide = PyLong_AsLongLong(isa) == kAvx512;
+    return PyErr_Occurred() ? nullptr : PyLong_FromLong(wide ? avx512::panel_width() : avx2::panel_width());
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyLong_FromLong(best_isa()); }
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512."},
+    {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
+    {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
+    {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
+    {},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }

@@ -1,0 +1,23 @@
+"""Builds the optional C++ extension; everything else is in pyproject.toml. Where it cannot be built, the installation goes
+on without, and the same operations run in plain PyTorch."""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+native = Extension(
+    "fastencoder._native",
+    sources=["fastencoder/native/module.cpp", "fastencoder/native/avx2.cpp", "fastencoder/native/avx512.cpp"],
+    depends=sorted(map(str, Path("fastencoder/native").glob("*.[hi]*"))),
+    # No -ffast-math: NaN and infinity have to come out where they go in.
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+    extra_link_args=["-fopenmp"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    ext_modules=[native] if platform.machine() in ("x86_64", "AMD64") else [],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
