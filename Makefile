@@ -83,7 +83,7 @@ $(VENV)/.test: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
 	@$(PIP) --no-deps 'timm>=1.0.20'
 	@touch $@
 
-$(VENV)/.bench: pyproject.toml $(TORCH_STAMP)
+$(VENV)/.bench: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
 	@echo "installing fastencoder[bench] into $(VENV)"
 	@$(PIP) --editable '.[bench]'
 	@touch $@

@@ -48,7 +48,7 @@ def prepared(
         folder, made = Path(name), []
         for workload in chosen:
             file = folder / f"{workload.name}.npz"
-            np.savez(file, **workloads.batch(workload, model, source.folder, tokens))  # type: ignore[arg-type]
+            np.savez(file, **workloads.batch(workload, model, source.folder, tokens))
             lengths = workloads.real_lengths(workload, model, source.folder)
             said = pool.warm(workload.name, file, lengths, folder) if pool.running else pool.status
             if "warm_seconds" not in said[STOCK_EAGER]:

@@ -142,7 +142,7 @@ def make(model: Model) -> Any:
     import torch
 
     torch.manual_seed(0)
-    built = model.build().eval()  # type: ignore[misc]
+    built = model.build().eval()
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if parameter.dim() == 1 and name.endswith("bias"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.clocks import Spread
 from benchmarks.cpu import results
-from benchmarks.cpu.systems import FAST, STOCK_EAGER, STOCK_SDPA, STOCK_SORTED, SYSTEMS
+from benchmarks.cpu.systems import FAST, SYSTEMS
 from benchmarks.gpu_report_plots import GRID, INK
 
 OURS_COLOUR, STOCK_COLOUR, ENGINE_COLOUR = "#0b6e99", "#8a8f98", "#d9a441"
@@ -65,9 +65,7 @@ def _cell(axes: Any, cell: results.Cell) -> None:
 def _colour(name: str) -> str:
     if name.startswith(FAST):
         return OURS_COLOUR
-    return (
-        STOCK_COLOUR if name in (STOCK_EAGER, STOCK_SDPA, STOCK_SORTED) or not SYSTEMS[name].engine else ENGINE_COLOUR
-    )
+    return ENGINE_COLOUR if name in SYSTEMS and SYSTEMS[name].engine else STOCK_COLOUR
 
 
 Curve = list[tuple[float, float]]

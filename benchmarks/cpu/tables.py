@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.clocks import Spread
 from benchmarks.cpu import bars, models, results
-from benchmarks.cpu.systems import STOCK_SORTED, SYSTEMS
+from benchmarks.cpu.systems import FAST, STOCK_SORTED
 from benchmarks.files import markdown_table
 
 Cells = dict[str, results.Cell]
@@ -81,6 +81,9 @@ def detail(cell: results.Cell) -> list[str]:
     rate = results.gemm_rate(cell)
     if rate:
         what += f" GEMM rate {rate / 1e9:,.0f} GFLOP/s."
+    extension = cell["systems"].get(FAST, {}).get("notes", {}).get("extension")
+    if extension:
+        what += f" fastencoder's C++ extension: {extension}."
     extra = {
         name: result["notes"]["extra_bytes"]
         for name, result in cell["systems"].items()
@@ -171,8 +174,3 @@ def _versions(cells: Cells) -> dict[str, dict[str, Any]]:
 
 def _ordered(names: set[str], order: list[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
-
-
-def systems_in_order(cells: Cells) -> list[str]:
-    """The systems that any cell names, as they are registered."""
-    return _ordered({name for cell in cells.values() for name in cell["systems"]}, list(SYSTEMS))

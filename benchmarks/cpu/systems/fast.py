@@ -12,6 +12,7 @@ import torch
 from benchmarks.cpu.systems import Engine, NotAvailable, Source
 from benchmarks.cpu.systems.stock import DTYPES, load, tensors, to_numpy
 from fastencoder import explain, to_fast
+from fastencoder.kernels import native
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")  # encoder.layer.3.output.dense, but not pooler.dense
 
@@ -38,6 +39,7 @@ def prepare(source: Source, dtype: str, threads: int, arguments: dict[str, str] 
     layers = sorted({row.level for row in report if row.status == "eligible"})
     notes = {
         "extra_bytes": report.extra_bytes,
+        "extension": native.ISAS[native.best],
         "level": ", ".join(layers),
         "layer_weights": parameters,
         "hidden_size": model.config.hidden_size,
