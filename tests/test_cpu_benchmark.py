@@ -299,6 +299,18 @@ def test_scaling_points_grow_to_what_is_asked():
     assert scaling.thread_counts()[0] == 1
 
 
+def test_no_cell_begins_that_would_not_end_in_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(program.run.time, "monotonic", lambda: now[0])
+    budget = program.run.Budget(100)
+    assert budget.allows("a")
+    now[0] = 40.0
+    budget.took(40)
+    assert budget.allows("b")
+    now[0] = 70.0
+    assert not budget.allows("c") and budget.left_out == ["c"]
+
+
 # --- processes ---
 
 

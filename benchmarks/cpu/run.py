@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,25 @@ class Meter:
         self._report("", self._done, self._total)
 
 
+class Budget:
+    """Seconds that a run may take: a cell begins only if the longest one so far would still end in time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left_out: list[str] = []
+        self._end, self._longest = time.monotonic() + seconds, 0.0
+
+    def allows(self, cell_name: str) -> bool:
+        """Whether there is time for another cell; notes the name if not."""
+        if time.monotonic() + self._longest < self._end:
+            return True
+        self.left_out.append(cell_name)
+        return False
+
+    def took(self, seconds: float) -> None:
+        """A cell is done."""
+        self._longest = max(self._longest, seconds)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be measured."""
@@ -55,6 +76,7 @@ class Plan:
     rounds: int
     threads: int
     quick: bool = False
+    seconds: float = math.inf
 
     def chosen(self, model: str, folder: Path) -> list[workloads.Workload]:
         """The workloads that this model can run."""
@@ -75,6 +97,7 @@ def source(model: str) -> Source:
 def measure(plan: Plan, console: Console) -> Iterator[results.Cell]:
     """All cells of the plan, one after the other."""
     found = environment(torch.device("cpu")) | {"threads": plan.threads}
+    budget = Budget(plan.seconds)
     with shown(console) as report:
         for model in plan.models:
             files = source(model)
@@ -82,23 +105,36 @@ def measure(plan: Plan, console: Console) -> Iterator[results.Cell]:
             if not chosen:
                 console.print(f"{model}: none of the workloads is for it")
                 continue
-            yield from _model(plan, files, chosen, found, report)
+            yield from _model(plan, files, chosen, found, report, budget)
+    if budget.left_out:
+        console.print(f"there was no time for {', '.join(budget.left_out)}")
 
 
 def _model(
-    plan: Plan, files: Source, chosen: list[workloads.Workload], found: dict[str, Any], report: Report
+    plan: Plan,
+    files: Source,
+    chosen: list[workloads.Workload],
+    found: dict[str, Any],
+    report: Report,
+    budget: Budget,
 ) -> Iterator[results.Cell]:
     chosen = [w for w in chosen if any(plan.has(files.name, w.name, dtype) for dtype in plan.dtypes)]
     beginning = Meter(report, files.name, 0)
     with cell.prepared(files, chosen, real_tokens(files.folder), plan.threads, beginning.say) as batches:
         for dtype in plan.dtypes:
             wanted = [work for work in batches if plan.has(files.name, work.workload.name, dtype)]
+            name = partial(results.key, files.name, dtype=dtype)
+            wanted = [work for work in wanted if budget.allows(name(work.workload.name))]
             if not wanted:
                 continue
+            began = time.monotonic()
             meter = Meter(report, f"{files.name} {dtype}", plan.rounds * len(wanted))
             with Pool(plan.systems, files, dtype, plan.threads, meter.say) as pool:
                 for work in wanted:
-                    yield cell.measure(pool, work, plan.rounds, meter.say, meter.tick) | {"environment": found}
+                    if budget.allows(name(work.workload.name)):
+                        yield cell.measure(pool, work, plan.rounds, meter.say, meter.tick) | {"environment": found}
+                        budget.took(time.monotonic() - began)
+                        began = time.monotonic()
 
 
 def write(out: Path, images: Path) -> list[Path]:
