@@ -33,7 +33,12 @@ class Work:
 
 @contextmanager
 def prepared(
-    source: Source, chosen: list[workloads.Workload], tokens: list[int], threads: int, say: Say
+    source: Source,
+    chosen: list[workloads.Workload],
+    tokens: list[int],
+    threads: int,
+    say: Say,
+    stock: str = STOCK_EAGER,
 ) -> Iterator[list[Work]]:
     """The batches of one model and stock's answers to them in fp32, in a folder that is there as long as this context.
 
@@ -43,7 +48,7 @@ def prepared(
     model = models.MODELS[source.name]
     with (
         tempfile.TemporaryDirectory(prefix="fastencoder-bench-") as name,
-        Pool([STOCK_EAGER], source, "fp32", threads, say) as pool,
+        Pool([stock], source, "fp32", threads, say) as pool,
     ):
         folder, made = Path(name), []
         for workload in chosen:
@@ -51,9 +56,9 @@ def prepared(
             np.savez(file, **workloads.batch(workload, model, source.folder, tokens))
             lengths = workloads.real_lengths(workload, model, source.folder)
             said = pool.warm(workload.name, file, lengths, folder) if pool.running else pool.status
-            if "warm_seconds" not in said[STOCK_EAGER]:
-                raise RuntimeError(f"{source.name} does not run: {said[STOCK_EAGER]}")
-            made.append(Work(workload, file, lengths, np.load(folder / f"{STOCK_EAGER}.npy")))
+            if "warm_seconds" not in said[stock]:
+                raise RuntimeError(f"{source.name} does not run: {said[stock]}")
+            made.append(Work(workload, file, lengths, np.load(folder / f"{stock}.npy")))
         pool.close()
         yield made
 

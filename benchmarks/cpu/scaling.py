@@ -84,7 +84,8 @@ def _sweep(
     chosen = points(sweep, longest)
     meter = run.Meter(report, f"{sweep} {dtype}", rounds * len(chosen))
     rows = []
-    with cell.prepared(files, list(chosen.values()), [], threads, meter.say) as batches:
+    # Eager attention would need many gigabytes for the scores of the longest sequences.
+    with cell.prepared(files, list(chosen.values()), [], threads, meter.say, STOCK_SDPA) as batches:
         if sweep == "threads":
             for count, work in zip(chosen, batches, strict=True):
                 with Pool(SYSTEMS, files, dtype, int(count), meter.say) as pool:
