@@ -4,6 +4,7 @@ that is measured holds its engine and nothing else.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -27,6 +28,13 @@ def get(source: Source, form: str, python: str = sys.executable) -> Path:
     Raises:
         NotAvailable: it cannot be made; with the exporter's own words.
     """
+    source.exported.mkdir(parents=True, exist_ok=True)
+    with open(source.exported / f"{form}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may want it at once
+        return _get(source, form, python)
+
+
+def _get(source: Source, form: str, python: str) -> Path:
     target = source.exported / FILES[form]
     failed = target.with_suffix(".failed.json")
     if target.exists():
