@@ -44,9 +44,9 @@ KERNELS_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-# The models used here are local; nothing may try to reach a model hub.
 # What the C++ extension is built from.
 NATIVE := $(wildcard fastencoder/native/*)
+# The models used here are local; nothing may try to reach a model hub.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # The stamp's name carries the requirement, so that `make TORCH=...` installs again.

@@ -2,6 +2,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include <immintrin.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -13,5 +14,6 @@ namespace avx512 {
 #include "add_norm.inc"
 #include "attention.inc"
 #include "linear.inc"
+#include "layer.inc"
 }  // namespace avx512
 }  // namespace fastencoder

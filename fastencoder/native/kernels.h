@@ -34,7 +34,7 @@ struct Attention {
 // add_norm of kernels/add_norm/__init__.py, for x [T, D].
 struct AddNorm {
     const void *x, *residual;  // [T, D], contiguous, of `dtype`
-    const void *weight, *bias, *scale, *x_bias;  // [D] of `vector_dtype`, which is float32 or `dtype`
+    const void *weight, *bias, *scale, *x_bias;  // [D] of `vector_dtype`: float32, `dtype`, or any if that is float32
     void *normed, *sum;  // [T, D] of `dtype`; either may be x itself
     int64_t dtype, vector_dtype, rows, dim, rms;
     double eps;
@@ -54,23 +54,48 @@ struct Linear {
     int64_t threads;
 };
 
+// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed; each
+// vector has the dtype of its matrix, those of the norms `norm_dtype`. Null where there is none.
+struct Layer {
+    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, norm_dtype, rms;
+    const void *qkv, *projection, *up, *down;
+    const void *query_bias, *key_bias, *value_bias, *projection_bias, *up_bias, *down_bias;  // all or none of the first three
+    const void *norm1, *norm1_bias, *norm2, *norm2_bias;
+};
+struct LayerCall {
+    const float* x;
+    float *out, *workspace;  // the latter of workspace_size(layer, rows) floats
+    const int32_t* offsets;
+    int64_t sequences, rows, threads;
+    double scale, eps1, eps2;
+    const void *scale1, *scale2;  // [D] of weight_dtype
+};
+
 // Some queries of a sequence, and the keys that some of them see; positions in the sequence.
 struct Task {
     int64_t sequence, first, end, low, high;
 };
 constexpr int64_t kQueries = 96;  // of a task, at most
 
+inline int64_t workspace_size(const Layer& layer, int64_t rows) {
+    int64_t qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim, mixed = layer.heads * layer.head_dim;
+    int64_t shared = qkv + mixed > layer.inner ? qkv + mixed : layer.inner;
+    return rows * (shared + 2 * layer.dim) + qkv;
+}
+
 // False if there was no memory.
 namespace avx512 {
 bool attention(const Attention& a, const Task* tasks, int64_t count);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
+bool layer(const Layer& layer, const LayerCall& call, const Task* tasks, int64_t count);
 int64_t panel_width();
 }
 namespace avx2 {
 bool attention(const Attention& a, const Task* tasks, int64_t count);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
+bool layer(const Layer& layer, const LayerCall& call, const Task* tasks, int64_t count);
 int64_t panel_width();
 }
 

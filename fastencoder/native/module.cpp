@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -27,6 +28,16 @@ class Arguments {
     template <class T>
     void address(T*& to) {
         to = reinterpret_cast<T*>(integer());
+    }
+    void bytes(void* to, Py_ssize_t size) {
+        PyObject* x = next();
+        char* from;
+        Py_ssize_t length;
+        if (!x || PyBytes_AsStringAndSize(x, &from, &length) != 0) return;
+        if (length == size)
+            std::memcpy(to, from, size);
+        else
+            missing_ = true;
     }
     bool ok() {
         if (!PyErr_Occurred() && (missing_ || at_ != count_)) PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
@@ -54,14 +65,14 @@ Isa best_isa() {
     return wide ? kAvx512 : kAvx2;
 }
 
-std::vector<Task> tasks_of(const Attention& a) {
+std::vector<Task> tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t right) {
     std::vector<Task> tasks;
-    for (int64_t b = 0; b < a.sequences; b++) {
-        int64_t length = a.offsets[b + 1] - a.offsets[b];
+    for (int64_t b = 0; b < sequences; b++) {
+        int64_t length = offsets[b + 1] - offsets[b];
         for (int64_t first = 0; first < length; first += kQueries) {
             int64_t end = std::min(first + kQueries, length);
-            int64_t low = a.left < 0 ? 0 : std::max<int64_t>(0, first - a.left);
-            int64_t high = a.right < 0 ? length : std::min(length, end + a.right);
+            int64_t low = left < 0 ? 0 : std::max<int64_t>(0, first - left);
+            int64_t high = right < 0 ? length : std::min(length, end + right);
             tasks.push_back({b, first, end, low, high});
         }
     }
@@ -100,7 +111,7 @@ PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (!from.ok()) return nullptr;
     bool enough_memory;
     Py_BEGIN_ALLOW_THREADS;
-    std::vector<Task> tasks = tasks_of(a);
+    std::vector<Task> tasks = tasks_of(a.offsets, a.sequences, a.left, a.right);
     auto run = isa == kAvx512 ? avx512::attention : avx2::attention;
     enough_memory = run(a, tasks.data(), tasks.size());
     Py_END_ALLOW_THREADS;
@@ -142,6 +153,35 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return done(enough_memory);
 }
 
+// (isa, layer, x, out, workspace, ...): the bytes of a Layer, and the members of LayerCall in their order.
+PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    Layer layer;
+    LayerCall call;
+    int64_t isa = from.integer();
+    from.bytes(&layer, sizeof layer);
+    from.address(call.x), from.address(call.out), from.address(call.workspace), from.address(call.offsets);
+    for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
+    call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
+    from.address(call.scale1), from.address(call.scale2);
+    if (!from.ok()) return nullptr;
+    bool enough_memory;
+    Py_BEGIN_ALLOW_THREADS;
+    std::vector<Task> tasks = tasks_of(call.offsets, call.sequences, -1, -1);
+    enough_memory = (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call, tasks.data(), tasks.size());
+    Py_END_ALLOW_THREADS;
+    return done(enough_memory);
+}
+
+// (layer, rows) -> floats of workspace that a call needs.
+PyObject* workspace_size(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    Layer layer;
+    from.bytes(&layer, sizeof layer);
+    int64_t rows = from.integer();
+    return from.ok() ? PyLong_FromLongLong(fastencoder::workspace_size(layer, rows)) : nullptr;
+}
+
 PyObject* panel_width(PyObject*, PyObject* isa) {
     int64_t wide = PyLong_AsLongLong(isa) == kAvx512;
     return PyErr_Occurred() ? nullptr : PyLong_FromLong(wide ? avx512::panel_width() : avx2::panel_width());
@@ -154,6 +194,8 @@ PyMethodDef methods[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
+    {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer)), METH_FASTCALL, nullptr},
+    {"workspace_size", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(workspace_size)), METH_FASTCALL, nullptr},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
     {},
 };
