@@ -137,14 +137,17 @@ def main(name: str, kind: str, folder: str, exported: str, form: str) -> int:
     """Write the form, or why it cannot be written. Returns the exit status."""
     source = Source(name, kind, Path(folder), Path(exported))
     target = source.exported / FILES[form]
-    shutil.rmtree(target.parent, ignore_errors=True)
-    target.parent.mkdir(parents=True)
+    partial = target.parent.with_name(f".{form}.partial")  # an interruption leaves nothing that looks complete
+    for folder_there in (target.parent, partial):
+        shutil.rmtree(folder_there, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            FORMS[form](source, target)
+            FORMS[form](source, partial / target.name)
+        partial.rename(target.parent)
     except Exception as error:
-        target.unlink(missing_ok=True)
+        target.parent.mkdir(exist_ok=True)
         said = [line for line in str(error).splitlines() if line.strip()]
         why = (
             str(error)
