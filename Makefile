@@ -6,6 +6,10 @@
 # make models   docs/models.md anew: every model type of the installed transformers is built and asked (some minutes)
 # make gpu     the examination on a CUDA machine, under ten minutes, goes on where it was stopped; uses that machine's own
 #              Python, installs nothing. PART=kernels|parity|speed|launches|rates|dispatch|compile, GPU_ARGS='--minutes 4'
+# make bench-setup  the environments of the CPU benchmark's peers and its models, in .bench/ (some gigabytes, half an hour)
+# make bench   fastencoder beside ONNX Runtime, OpenVINO, CTranslate2, torch.compile and others on this CPU.
+#              BENCH_ARGS='--quick' ends within ten minutes; BENCH_ARGS='--models minilm --workloads W1,W4 --dtypes fp32'
+# make bench-scaling  how time and memory grow with padding, batch, length and threads
 # make clean   remove .venv and everything that was generated
 #
 # Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
@@ -31,6 +35,9 @@ PYTEST_ARGS ?=
 PART ?= all
 GPU_ARGS ?=
 
+# Of `make bench` and `make bench-scaling`: what `python -m benchmarks.cpu run --help` (or scaling) lists.
+BENCH_ARGS ?=
+
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
 KERNELS_ARGS ?=
@@ -47,7 +54,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: models help demo test lint style types pytest kernels fingerprints format gpu clean
+.PHONY: models help demo test lint style types pytest kernels fingerprints format gpu bench-setup bench bench-scaling clean
 .DEFAULT_GOAL := help
 
 help:
@@ -74,6 +81,11 @@ $(VENV)/.test: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
 	@echo "installing fastencoder[test,demo] into $(VENV)"
 	@$(PIP) --editable '.[test,demo]'
 	@$(PIP) --no-deps 'timm>=1.0.20'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml setup.py $(NATIVE) $(TORCH_STAMP)
+	@echo "installing fastencoder[bench] into $(VENV)"
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -119,6 +131,15 @@ format: $(VENV)/.test
 gpu:
 	PYTHONPATH=. $(RUN) python3 benchmarks/gpu.py --part $(PART) $(GPU_ARGS)
 
+bench-setup: $(VENV)/.bench
+	@$(RUN) $(BIN)/python -m benchmarks.cpu setup
+
+bench: $(VENV)/.bench
+	@$(RUN) $(BIN)/python -m benchmarks.cpu run $(BENCH_ARGS)
+
+bench-scaling: $(VENV)/.bench
+	@$(RUN) $(BIN)/python -m benchmarks.cpu scaling $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png
+	rm -rf $(VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png
 	find fastencoder tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

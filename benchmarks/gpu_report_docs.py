@@ -14,6 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_report_bars
+from benchmarks.cpu import results as cpu_results
+from benchmarks.cpu import tables as cpu_tables
 from benchmarks.files import RESULTS, markdown_table, read_json, write_text
 from benchmarks.gpu_report import failures, left_out, where
 from benchmarks.gpu_report_plots import timed_cells
@@ -32,6 +34,7 @@ def sections(results: Path) -> dict[str, str]:
     parts = data["parts"] if data is not None else {}
     made = {
         "cpu": _cpu(results),
+        "cpu-scaling": _scaling(results),
         "where": NOT_YET if data is None else where(data) + "\n\n" + _verdict(data),
         "bars": markdown_table(gpu_report_bars.HEADER, gpu_report_bars.lines(parts)),
         "grid": _grid(parts),
@@ -42,9 +45,27 @@ def sections(results: Path) -> dict[str, str]:
 
 
 def _cpu(results: Path) -> str:
-    """The CPU benchmark's own report, without its title."""
-    path = results / "cpu_minilm.md"
-    return path.read_text(encoding="utf-8").partition("\n")[2].strip() if path.exists() else NOT_YET
+    """The bars, a line for each cell, and the plots."""
+    cells = cpu_results.read(results)
+    if not cells:
+        return NOT_YET
+    every = "Every system of every cell: [cpu.md](../benchmarks/results/cpu.md)."
+    return "\n\n".join([cpu_tables.section(cells), every, *_images("cpu_minilm", "cpu_bert-base")])
+
+
+def _scaling(results: Path) -> str:
+    """The report as it is, without its title, and its plots."""
+    path = results / "cpu_scaling.md"
+    if not path.exists():
+        return NOT_YET
+    text = path.read_text(encoding="utf-8").partition("\n")[2].strip().replace("\n## ", "\n#### ")
+    return "\n\n".join([text, *_images("cpu_scaling")])
+
+
+def _images(*names: str) -> list[str]:
+    """The plots that are there."""
+    there = [name for name in names if (PAGE.parent / "images" / f"{name}.png").exists()]
+    return [f"![{name.replace('_', ' ')}](images/{name}.png)" for name in there]
 
 
 def _verdict(data: dict[str, Any]) -> str:

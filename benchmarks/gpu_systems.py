@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.common import DTYPES
 from benchmarks.models import Inputs, Model, fit, hidden, ragged, unpadded
+from benchmarks.nested import Nested
 from benchmarks.store import short
 from fastencoder import to_fast
 
@@ -61,7 +62,10 @@ class Systems:
 
     def _make(self, name: str) -> System:
         if name == NESTED:
-            model: nn.Module = self.models.setdefault(name, Nested(self.stock))
+            try:
+                model: nn.Module = self.models.setdefault(name, Nested(self.stock))
+            except ValueError as error:
+                raise NotAvailable(str(error)) from None
             return model
         if name in (COMPILED, REDUCE, AUTOTUNE):
             return self._compile(name)
@@ -102,56 +106,3 @@ def _equal_eps(model: nn.Module) -> None:
         norms = [module for module in layer.modules() if isinstance(module, nn.LayerNorm)]
         for norm in norms[1:]:
             norm.eps = norms[0].eps
-
-
-class Nested(nn.Module):
-    """A BERT whose layers are `torch.nn.TransformerEncoder`: nested tensors without padding, and one fused call a layer,
-    which is what BetterTransformer put into models.
-
-    The fast path's GELU is the tanh form on CUDA, whatever the layer asks for.
-    """
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        layers = getattr(getattr(bert, "encoder", None), "layer", None)
-        if layers is None or not hasattr(layers[0], "intermediate"):
-            raise NotAvailable("only BERT's layers are copied into nn.TransformerEncoder")
-        config = bert.config
-        first = next(bert.parameters())
-        empty = nn.TransformerEncoderLayer(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            device=first.device,
-            dtype=first.dtype,
-        )
-        self.embeddings = bert.embeddings
-        self.encoder = nn.TransformerEncoder(empty, len(layers), enable_nested_tensor=True, mask_check=False).eval()
-        for mine, theirs in zip(self.encoder.layers, layers, strict=True):
-            _copy_layer(mine, theirs)
-
-    def forward(self, inputs: Inputs) -> torch.Tensor:
-        """The last hidden state `[B, S, D]`, zero at padding."""
-        embedded = self.embeddings(input_ids=inputs["input_ids"])
-        mask = inputs.get("attention_mask")
-        return self.encoder(embedded, src_key_padding_mask=None if mask is None else mask == 0)
-
-
-def _copy_layer(mine: nn.TransformerEncoderLayer, theirs: nn.Module) -> None:
-    inner = theirs.attention.self
-    projections = (inner.query, inner.key, inner.value)
-    mine.self_attn.in_proj_weight.copy_(torch.cat([linear.weight for linear in projections]))
-    mine.self_attn.in_proj_bias.copy_(torch.cat([linear.bias for linear in projections]))
-    for to, source in (
-        (mine.self_attn.out_proj, theirs.attention.output.dense),
-        (mine.norm1, theirs.attention.output.LayerNorm),
-        (mine.linear1, theirs.intermediate.dense),
-        (mine.linear2, theirs.output.dense),
-        (mine.norm2, theirs.output.LayerNorm),
-    ):
-        to.weight.copy_(source.weight)
-        to.bias.copy_(source.bias)
-    mine.norm1.eps, mine.norm2.eps = theirs.attention.output.LayerNorm.eps, theirs.output.LayerNorm.eps

