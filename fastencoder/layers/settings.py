@@ -44,10 +44,11 @@ DEFAULT = Settings()
 
 
 def plain_weights(layer: nn.Module, spec: LayerSpec) -> list[torch.Tensor]:
-    """The weights of a layer's plain linear slots; the first norm's, if it has none."""
+    """The weights of a layer's plain linear slots; those of its norms, if it has none."""
     slots = spec.names.given(LINEAR_SLOTS)
     weights = [linear_at(layer, path).weight for slot, path in slots.items() if slot not in spec.opaque]
-    return weights or [lookup(layer, next(iter(spec.names.given(NORM_SLOTS).values()))).weight]
+    norms = [lookup(layer, path) for path in spec.names.given(NORM_SLOTS).values()]  # of which one may be an identity
+    return weights or [norm.weight for norm in norms if getattr(norm, "weight", None) is not None]
 
 
 def fastest_dtype(wanted: torch.dtype | None, own: torch.Tensor) -> torch.dtype:
