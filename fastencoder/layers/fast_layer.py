@@ -27,7 +27,7 @@ from .program import run_layer
 from .settings import DEFAULT, Settings
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .weights import Projections, joinable
-from .whole import input_of, run_whole
+from .whole import FEW_TOKENS, input_of, run_few, run_whole
 
 Run = Callable[[PackedBatch, torch.Tensor], torch.Tensor]  # one layer on packed tokens: [T, D] -> [T, D]
 
@@ -218,10 +218,12 @@ class FastLayer(nn.Module):
         if call is not None:
             call.keep_batch(mask, batch)
             stack = self._fastencoder.stack
+            graphs = stack.graphs
+            few = graphs is None and hidden.device.type == "cpu" and sum(batch.lengths) <= FEW_TOKENS
             if call.may_carry is None:
-                call.may_carry = (batch.indices is not None or stack.graphs is not None) and _may_carry(stack, call)
-            if stack.graphs is not None and call.may_carry and _runs_whole(call):
-                call.whole_output = run_whole(stack.graphs, call, batch, hidden)
+                call.may_carry = (few or batch.indices is not None or graphs is not None) and _may_carry(stack, call)
+            if (few or graphs is not None) and call.may_carry and _runs_whole(call):
+                call.whole_output = run_few(call, batch, hidden) if few else run_whole(graphs, call, batch, hidden)
                 if call.whole_output is not None:
                     call.whole_input = hidden
                     return self._pass_on(adapter, call)

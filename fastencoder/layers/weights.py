@@ -34,6 +34,7 @@ from .settings import DEFAULT, Settings, computing_dtype
 Layout = Literal["prepacked", "joined", "cast", "plain"]
 _QKV = ("query", "key", "value")
 _GATED = ("gate", "up")
+_CPU = torch.device("cpu")
 _PROBED = 64  # elements of a weight that are compared before each call
 
 
@@ -71,6 +72,7 @@ class Projections:
         if self.layout == "joined" and "gate" in binding.linears and not spec.opaque.intersection(_GATED):
             self._join_gate([binding.linears[slot] for slot in _GATED])
         self._fingerprint = _fingerprint(binding)
+        self._circumstances = _circumstances()
         self.native_layer = None
         if self.layout == "prepacked" and self._fused_qkv:
             self.native_layer = native_layer(binding, self._qkv_weight, self._qkv_biases, self.slots)
@@ -116,7 +118,7 @@ class Projections:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""
         return (
             _fingerprint(binding) == self._fingerprint
-            and _layout(binding, self._settings, self.compute_dtype) == self.layout
+            and _circumstances() == self._circumstances
             and self._probes_hold()
         )
 
@@ -218,6 +220,12 @@ def _layout(binding: Binding, settings: Settings, dtype: torch.dtype) -> Layout:
         own = len({id(weight) for weight in weights}) == len(weights)  # not tied to one another
         return "joined" if own and not any(weight.is_inference() for weight in weights) else "plain"
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"
+
+
+def _circumstances() -> tuple:
+    """What beside the parameters decides how weights are kept: what the processor's libraries may do, and whether operations
+    run as on a GPU."""
+    return linear_cpu.abilities(), on_gpu(_CPU)
 
 
 def _may_prepack(weight: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""All layers of a stack at once, from a CUDA graph.
+"""All layers of a stack at once: from a CUDA graph, or on the CPU for few tokens.
 
-The first layer of a call runs them all; those behind it only hand the result on. Whether every layer is still what was
-captured is checked while the device is busy, and the result is dropped if one is not.
+The first layer of a call runs them all; those behind it only hand the result on. Of a graph, whether every layer is still
+what was captured is checked while the device is busy, and the result is dropped if one is not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,27 @@ from . import trial
 from .guards import Delegated, refuse_mode
 from .program import run_layer
 from .stack import StackCall
+
+FEW_TOKENS = 64  # on the CPU, up to which what lies between the layers is a good part of the time
+
+
+def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor | None:
+    """The output of all layers of `call` for few tokens on the CPU, `[B, S, D]`, given the input of the first; None if the
+    layers have to run one by one."""
+    if any(layer._fastencoder.to_prove for layer in call.schedule):
+        return None
+    try:
+        parts = [layer._fastencoder.ready(layer) for layer in call.schedule]
+        for layer, (_, projections) in zip(call.schedule, parts, strict=True):
+            refuse_mode(layer, hidden)
+            if projections.native_layer is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
+                return None
+    except Delegated:
+        return None
+    values = parts[0][1].entering(batch.take(hidden))
+    for binding, projections in parts:
+        values = run_layer(binding, projections, batch, values)
+    return batch.to_padded(values.to(hidden.dtype))
 
 
 def run_whole(

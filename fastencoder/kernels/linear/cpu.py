@@ -8,6 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from fastencoder.kernels import native
 from fastencoder.kernels.linear import cpu_native, reference
 from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.kernels.linear.reference import ACTIVATIONS
@@ -72,6 +73,11 @@ def can_prepack(weight: torch.Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and _finishes(weight.dtype)
     )
+
+
+def abilities() -> tuple[int, bool]:
+    """What :func:`can_prepack` depends on that may change while a process runs."""
+    return native.current, torch._C._get_mkldnn_enabled()
 
 
 def _finishes(dtype: torch.dtype) -> bool:
