@@ -160,6 +160,11 @@ class PackedBatch:
         """Whether some sequence is known to be shorter than the longest one."""
         return self.lengths is not None and min(self.lengths, default=self.max_seqlen) < self.max_seqlen
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the padded hidden states, or of what the owner packed."""
+        return self.values.dtype
+
     def remembered(self, key: tuple[Any, ...], source: torch.Tensor, make: Callable[[], Any]) -> Any:
         """What `make()` returned for this key and this very tensor: every layer of a batch is given the same one."""
         found = self._memo.get(key)

@@ -146,6 +146,10 @@ def test_every_file_of_the_package_ships() -> None:
     patterns = project()["tool"]["setuptools"]["package-data"]["fastencoder"]
     package = ROOT / "fastencoder"
     files = {path for path in repository_files() if path.is_relative_to(package) and path.suffix != ".py"}
+    sources = {path for path in files if path.parent == package / "native"}  # they are built; the source archive has them
+    assert sources
+    assert (ROOT / "MANIFEST.in").read_text() == "graft fastencoder/native\n"
+    files -= sources
     assert files == {path for pattern in patterns for path in package.glob(pattern)} != set()
 
 

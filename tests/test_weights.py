@@ -160,8 +160,7 @@ def test_memory_is_what_explain_says() -> None:
     kept = 0
     for state in tiny.states(model):
         projections = state.projections
-        opaque = [projections._qkv_weight, *(projections.slots[slot]._weight for slot in ("out", "up", "down"))]
-        kept += sum(weight.numel() * weight.element_size() for weight in opaque)
+        kept += sum(map(tiny.packed_bytes, tiny.packed_weights(projections)))
         kept += sum(saved.nbytes for _, saved in projections._probes)
     linear = sum(p.nbytes for name, p in model.encoder.named_parameters() if p.dim() == 2)
     probes = 3 * 6 * 2 * weights._PROBED * 4  # at most: a few elements a weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTModel
 
+from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.layers import FastLayer, LayerState
 
 from .conformance.weights import sharpen
@@ -60,3 +61,15 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor, mask: torch.Ten
     assert value.shape == reference.shape
     assert torch.isfinite(value).all()
     return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def packed_weights(projections) -> list:
+    """What a layer with three plain projections beside queries, keys and values keeps of its weights on the CPU."""
+    return [projections._qkv_weight, *(projections.slots[slot].packed for slot in ("out", "up", "down"))]
+
+
+def packed_bytes(weight) -> int:
+    """Of a weight in oneDNN's layout or in panels, without what fills the last panel."""
+    if isinstance(weight, Panels):
+        return weight.outputs * weight.weight.shape[1] * weight.weight.element_size()
+    return weight.numel() * weight.element_size()

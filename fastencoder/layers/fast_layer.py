@@ -95,7 +95,7 @@ class LayerState:
 
     def leaving(self, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
         """Packed tokens `[T, D]` in the dtype of the padded hidden states that they came from."""
-        own = batch.values.dtype
+        own = batch.dtype
         return values if self.settings.compute_dtype in (None, own) else values.to(own)
 
     def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
@@ -159,7 +159,7 @@ class FastLayer(nn.Module):
         if state.to_prove:
             self._prove(call, hidden, args, kwargs)
         carried = call is not None and call.carried is hidden  # in the dtype in which the layers compute
-        dtype = call.batch.values.dtype if carried else hidden.dtype
+        dtype = call.batch.dtype if carried else hidden.dtype
         fits = dtype == projections.dtype or (binding.spec.wide and dtype == torch.float32)
         if not fits or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")

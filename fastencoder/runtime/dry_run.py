@@ -23,6 +23,7 @@ from ..kernels.varlen_attention import query_block
 from ..layers import FastLayer
 from ..layers.binding import Binding
 from ..layers.program import run_layer
+from ..layers.settings import DEFAULT
 from ..layers.weights import Projections
 from ..packing import PackedBatch
 from ..registry import qualified_name
@@ -163,7 +164,7 @@ class _Layers:
 
     def __init__(self, model: nn.Module) -> None:
         found: dict[Hashable, Binding] = {}
-        for row, layer in survey(model, fingerprints.find_all(model), []):
+        for row, layer in survey(model, fingerprints.find_all(model), [], DEFAULT):
             if row.status in ("eligible", "fast") and row.level == "layer":
                 found.setdefault(_form(layer), _without_storage(layer))
         if not found:

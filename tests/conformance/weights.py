@@ -123,10 +123,12 @@ def calibrate(layers: Iterable[nn.Module], forward: Callable[[], object]) -> Non
                 handles.append(module.register_forward_hook(fit_linear(SPREAD[_role(name.rsplit(".", 1)[-1])])))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # torch's fused encoder layers call no hooks
-    forward()
-    torch.backends.mha.set_fastpath_enabled(fused)
-    for handle in handles:
-        handle.remove()
+    try:
+        forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
 
 
 def _sharpness(attention: nn.Module) -> float:

@@ -76,9 +76,15 @@ def test_a_weight_may_be_a_view(name):
     torch.testing.assert_close(out, x @ whole[30:60, 20:60].T, rtol=1e-4, atol=1e-4)
 
 
-def test_a_bias_must_have_the_dtype_of_the_weight():
-    with pytest.raises(ValueError, match="the dtype of the weight"):
-        cpu_native.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, dtype=torch.bfloat16))
+@pytest.mark.parametrize("name", NATIVE)
+def test_vectors_of_other_dtypes(name):
+    """As where float32 is computed in beside parameters in bfloat16."""
+    x, weight = random(0, 9, 40, dtype=torch.float32, device="cpu"), random(1, 30, 40, dtype=torch.bfloat16, device="cpu")
+    bias, scale = random(2, 30, dtype=torch.float32, device="cpu"), random(3, 30, dtype=torch.bfloat16, device="cpu")
+    with implementation(name):
+        out = cpu_native.linear(x, cpu_native.pack(weight), bias, scale=scale)
+    expected = (x.double() @ weight.double().T + bias.double()) * scale.double()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -41,11 +41,11 @@ def linear(
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, K]``, ``[N, K]`` (gated: ``[2 N, K]``), ``[N]`` (``[2 N]``), name, ``[T, N]``, ``[N]`` -> ``[T, N]``."""
-    if not gated and cpu_native.runs(x, weight, bias, residual, scale):
+    if not gated and cpu_native.runs(x, weight, residual):
         return cpu_native.linear(x, weight, bias, activation, residual, scale)
     if scale is not None:
         return _scaled(linear(x, weight, bias, activation, None, gated), scale, residual)
-    if gated and cpu_native.runs(x, weight, bias, None, None):
+    if gated and cpu_native.runs(x, weight, None):
         return _epilogue(cpu_native.linear(x, weight, bias), activation, residual, gated)
     if x.dtype in (torch.float16, torch.bfloat16) and _finishes(x.dtype):
         if not gated:

@@ -45,9 +45,7 @@ def pack(weight: torch.Tensor) -> Panels:
 def runs(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    scale: torch.Tensor | None,
 ) -> bool:
     """Whether :func:`linear` takes a weight that is not packed, and is faster than anything else."""
     return (
@@ -56,7 +54,6 @@ def runs(
         and multiplies(weight.dtype)
         and weight.stride(1) == 1
         and (residual is None or residual.dtype == torch.float32)
-        and _vector_dtype(weight.dtype, bias, scale) is not None
     )
 
 
@@ -69,21 +66,18 @@ def linear(
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``scale * activation(x @ weight.T + bias) + residual``: ``[T, K]``, ``[N, K]`` or packed, ``[N]``, name, ``[T, N]``,
-    ``[N]`` -> ``[T, N]``, in the dtype of `x`.
-
-    Raises:
-        ValueError: a bias or scale that is neither float32 nor of the dtype of the weight, or one of each.
-    """
+    ``[N]`` -> ``[T, N]``, in the dtype of `x`."""
     packed = isinstance(weight, Panels)
     values, outputs, isa = (
         (weight.weight, weight.outputs, weight.isa) if packed else (weight, len(weight), native.current)
     )
-    vector_dtype = _vector_dtype(values.dtype, bias, scale)
-    if vector_dtype is None:
-        raise ValueError(f"bias and scale must both be torch.float32 or {values.dtype}, the dtype of the weight")
     # Every tensor has a name until the end of the call: an address keeps nothing alive.
     dtype, x, residual = x.dtype, float32(x), float32(residual)
-    bias, scale = (None if vector is None else vector.contiguous() for vector in (bias, scale))
+    vectors = [vector for vector in (bias, scale) if vector is not None]
+    vector_dtype = values.dtype
+    if any(vector.dtype != vector_dtype for vector in vectors):
+        vector_dtype = torch.float32
+    bias, scale = (None if vector is None else vector.to(vector_dtype).contiguous() for vector in (bias, scale))
     out = x.new_empty(x.shape[0], outputs)
     native.library.linear(
         isa,
@@ -92,11 +86,3 @@ def linear(
         *(x.shape[0], outputs, x.shape[1], ACTIVATION_CODES[activation], torch.get_num_threads()),
     )
     return out.to(dtype)
-
-
-def _vector_dtype(weight_dtype: torch.dtype, *vectors: torch.Tensor | None) -> torch.dtype | None:
-    """What the extension is told that these vectors are; None if it cannot read them."""
-    dtypes = {vector.dtype for vector in vectors if vector is not None}
-    if len(dtypes) > 1 or not dtypes <= {weight_dtype, torch.float32}:
-        return None
-    return dtypes.pop() if dtypes else weight_dtype
