@@ -65,7 +65,7 @@ class Prepacked(Plain):
     def __init__(self, linear: Any, dtype: torch.dtype) -> None:
         super().__init__(linear)
         self._dtype = dtype
-        self.packed = linear_cpu.prepack(linear.weight.to(dtype))
+        self.packed = linear_cpu.prepack(linear.weight, dtype=dtype)
 
     def __call__(
         self,

@@ -90,15 +90,12 @@ class Projections:
         weights = [linear.weight for linear in linears]
         self._qkv_biases = _biases(linears)
         if self.layout == "prepacked":
-            self._qkv_weight = linear_cpu.prepack(self._together(weights))
+            self._qkv_weight = linear_cpu.prepack(*weights, dtype=self.compute_dtype)
         elif self.layout == "cast":
-            self._qkv_weight = self._together(weights)
+            self._qkv_weight = torch.cat([weight.detach().to(self.compute_dtype) for weight in weights])
         elif self.layout == "joined":
             self._qkv_weight = joined(weights)
             self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
-
-    def _together(self, weights: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([weight.detach().to(self.compute_dtype) for weight in weights])
 
     def _join_gate(self, linears: list[Any]) -> None:
         biases = _biases(linears)

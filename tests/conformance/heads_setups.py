@@ -46,8 +46,8 @@ DINOV2 = {**DINO, "num_hidden_layers": 4}
 VITPOSE = {
     **VITPOSE_LAYERS,
     "model_type": "vitpose_backbone",
-    "image_size": [32, 16],
-    "patch_size": [4, 4],
+    "image_size": [64, 32],
+    "patch_size": [16, 16],  # its patches overlap by a padding that is written for this size
     "out_indices": [2],
 }
 DETR = {**DETR_LAYERS, "num_queries": 5, "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
@@ -167,10 +167,11 @@ SETUPS: dict[str, Setup] = {
             "neck_hidden_sizes": [8, 8, 16, 16],
             "fusion_hidden_size": 12,
             "head_hidden_size": 8,
+            "depth_estimation_type": "metric",  # the other kind ends in a ReLU, behind which nothing may be left
         },
         IMAGE,
     ),
-    "vitpose": Setup({"backbone_config": VITPOSE, "num_labels": 5}, IMAGE),
+    "vitpose": Setup({"backbone_config": VITPOSE, "num_labels": 5}, IMAGE, {"size": (64, 32)}),
     # detectors
     **{
         f"{name}ForObjectDetection": Setup(DETR, MASKED_IMAGES, IMAGES)

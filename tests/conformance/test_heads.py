@@ -39,8 +39,12 @@ def test_every_output_of_a_head(head: heads.Head) -> None:
     ours = heads.answer(head, fast, batch)
     assert exact and ours.keys() == exact.keys()
     for name in exact.keys() - set(batch.meta.get("unread", ())):
-        error = measure.error(measure.pick(ours[name], batch.real), measure.pick(exact[name], batch.real))
-        assert error <= measure.FP32_BAR, f"{name}: relative error {error:.2e}"
+        expected = measure.pick(exact[name], batch.real)
+        error, bar = measure.error(measure.pick(ours[name], batch.real), expected), measure.FP32_BAR
+        if error > bar:  # a head that amplifies every rounding amplifies those of the stock model, too
+            stock32 = heads.answer(head, heads.build(head), batch)[name]
+            bar = 3 * measure.error(measure.pick(stock32, batch.real), expected)
+        assert error <= bar, f"{name}: relative error {error:.2e}, bar {bar:.2e}"
     ran_fast, delegated = calls(fast)
     if head.case is not None and not head.setup.delegates:
         padded = head.case.padding_delegates and batch.real is not None

@@ -111,12 +111,14 @@ def _is_x86_without_amx() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
 
-def prepack(weight: torch.Tensor) -> torch.Tensor | Panels:
-    """A copy of ``weight`` ``[N, K]`` in the layout that is multiplied fastest; of the same size in bytes, but for the last
-    panel, which is filled up."""
-    if cpu_native.multiplies(weight.dtype):
-        return cpu_native.pack(weight)
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+def prepack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor | Panels:
+    """A copy of one weight ``[N, K]``, or of several as if they were one, in the layout that is multiplied fastest and in
+    ``dtype`` (None: their own). Panels are filled up to the last one's end."""
+    dtype = weights[0].dtype if dtype is None else dtype
+    if cpu_native.multiplies(dtype):
+        return cpu_native.pack(*weights, dtype=dtype)
+    together = torch.cat([weight.detach().to(dtype) for weight in weights])
+    return torch.ops.mkldnn._reorder_linear_weight(together)
 
 
 def takes(packed_weight: torch.Tensor | Panels, weight_dtype: torch.dtype, dtype: torch.dtype) -> bool:

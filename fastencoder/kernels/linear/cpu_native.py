@@ -34,12 +34,25 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported())
 
 
-def pack(weight: torch.Tensor) -> Panels:
-    """A copy of ``weight`` ``[N, K]``."""
+def pack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> Panels:
+    """A copy of one weight ``[N, K]``, or of several as if they were one, in ``dtype`` (None: their own). It takes no other
+    memory on the way."""
     width = native.library.panel_width(native.current)
-    outputs, inputs = weight.shape
-    padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % width))
-    return Panels(padded.view(-1, width, inputs).transpose(1, 2).contiguous(), outputs, native.current)
+    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+    panels = weights[0].new_empty(-(-outputs // width), inputs, width, dtype=dtype)
+    by_output, row = panels.transpose(1, 2), 0
+    for weight in weights:
+        for part in weight.detach().split(_to_panel_ends(row, len(weight), width)):
+            by_output[row // width, row % width : row % width + len(part)] = part
+            row += len(part)
+    by_output[-1, (outputs - 1) % width + 1 :] = 0
+    return Panels(panels, outputs, native.current)
+
+
+def _to_panel_ends(first: int, count: int, width: int) -> list[int]:
+    """How many rows from `first` on each panel takes."""
+    ends = [*range((first // width + 1) * width, first + count, width), first + count]
+    return [end - start for start, end in zip([first, *ends], ends, strict=False)]
 
 
 def runs(
