@@ -11,7 +11,11 @@ native = Extension(
     sources=[f"fastencoder/native/{name}.cpp" for name in ("module", "tasks", "avx2", "avx512")],
     depends=sorted(map(str, Path("fastencoder/native").glob("*.[hi]*"))),
     # No -ffast-math: NaN and infinity have to come out where they go in.
-    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"],
+    # The warning is about g++'s own headers of intrinsics.
+    extra_compile_args=[
+        *("-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"),
+        *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    ],
     extra_link_args=["-fopenmp"],
     py_limited_api=True,
     optional=True,

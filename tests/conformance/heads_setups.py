@@ -12,6 +12,7 @@ from .cases_detr import RT_DETR
 from .cases_post_ln import TEXT, WAV2VEC2
 from .cases_pre_ln import DINO, VISION
 from .cases_pre_ln_vision import VITPOSE as VITPOSE_LAYERS
+from .cases_vision import VJEPA2
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ SETUPS: dict[str, Setup] = {
         ("waves",),
     ),
     # images
-    "VJEPA2ForVideoClassification": Setup(inputs=("clip",)),
+    "VJEPA2ForVideoClassification": Setup({**VJEPA2, "num_pooler_layers": 2}, ("clip",)),
     **{
         f"{name}ForMaskedImageModeling": Setup({"image_size": 32}, IMAGE, {"size": (32, 32)})
         for name in ("Swin", "Swinv2")
