@@ -145,7 +145,7 @@ SETUPS: dict[str, Setup] = {
         ("waves",),
     ),
     # images
-    "VJEPA2ForVideoClassification": Setup({**VJEPA2, "num_pooler_layers": 2}, ("clip",)),
+    "VJEPA2ForVideoClassification": Setup({**VJEPA2, "patch_size": 4, "num_hidden_layers": 2}, ("clip",)),
     **{
         f"{name}ForMaskedImageModeling": Setup({"image_size": 32}, IMAGE, {"size": (32, 32)})
         for name in ("Swin", "Swinv2")
