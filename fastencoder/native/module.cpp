@@ -64,16 +64,25 @@ Isa best_isa() {
     return wide ? kAvx512 : kAvx2;
 }
 
+// Whether the sequences are inside of `rows` tokens and none is longer than `longest`: what follows reads and writes there.
+bool inside(const int32_t* offsets, int64_t sequences, int64_t rows, int64_t longest) {
+    bool fits = offsets[0] >= 0 && offsets[sequences] <= rows;
+    for (int64_t b = 0; b < sequences; b++)
+        fits = fits && offsets[b] <= offsets[b + 1] && offsets[b + 1] - offsets[b] <= longest;
+    if (!fits) PyErr_SetString(PyExc_ValueError, "offsets must rise from 0 to the number of tokens, by at most max_seqlen");
+    return fits;
+}
+
 PyObject* done(bool enough_memory) {
     if (!enough_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
-// (isa, q, k, v, out, ...): the members of Attention in their order.
+// (isa, tokens, max_seqlen, q, k, v, out, ...): the members of Attention in their order.
 PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
     Attention a;
-    int64_t isa = from.integer();
+    int64_t isa = from.integer(), tokens = from.integer(), longest = from.integer();
     from.address(a.q), from.address(a.k), from.address(a.v), from.address(a.out), from.address(a.offsets);
     for (int64_t* x : {&a.dtype, &a.sequences, &a.heads, &a.kv_heads, &a.dim, &a.q_token, &a.q_head, &a.k_token, &a.k_head,
                        &a.v_token, &a.v_head, &a.left, &a.right})
@@ -90,7 +99,7 @@ PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     from.address(a.rel_h), from.address(a.rel_w);
     for (int64_t* x : {&a.rel_h_token, &a.rel_h_head, &a.rel_w_token, &a.rel_w_head, &a.grid_width}) *x = from.integer();
     a.threads = from.integer();
-    if (!from.ok()) return nullptr;
+    if (!from.ok() || !inside(a.offsets, a.sequences, tokens, longest)) return nullptr;
     bool enough_memory;
     Py_BEGIN_ALLOW_THREADS;
     enough_memory = (isa == kAvx512 ? avx512::attention : avx2::attention)(a);
@@ -145,7 +154,7 @@ PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
     call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
     from.address(call.scale1), from.address(call.scale2);
-    if (!from.ok()) return nullptr;
+    if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
     bool enough_memory;
     Py_BEGIN_ALLOW_THREADS;
     enough_memory = (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call);

@@ -130,3 +130,12 @@ def test_nan_and_infinity_stay_in_their_sequence(name):
         expected = varlen_attention(q, k, v, bounds, 300, 0.3)
     assert torch.equal(out.isnan(), expected.isnan())
     assert out.isnan().any() and not out.isnan().all()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("bounds", [[0, 5, 11], [0, 7, 3], [-1, 4, 9], [0, 9, 10]])
+def test_offsets_outside_of_the_tokens_are_refused(name, bounds):
+    """Ten tokens, and no sequence longer than eight: nothing may be read or written elsewhere."""
+    q, k, v = qkv_of([10], 2, 16, torch.float32, "cpu")
+    with implementation(name), pytest.raises(ValueError, match="offsets must rise from 0 to the number of tokens"):
+        varlen_attention(q, k, v, torch.tensor(bounds, dtype=torch.int32), 8, 0.3)

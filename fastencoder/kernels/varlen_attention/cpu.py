@@ -45,7 +45,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, int32 ``[B + 1]`` -> ``[T, H, d]``."""
     if cpu_native.runs(q, k, v, features):
-        return cpu_native.varlen_attention(q, k, v, offsets, scale, features)
+        return cpu_native.varlen_attention(q, k, v, offsets, max_seqlen, scale, features)
     bounds = offsets.tolist()
     lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     longest = max(lengths, default=0)

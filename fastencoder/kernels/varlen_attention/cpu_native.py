@@ -23,9 +23,19 @@ def runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: Features) 
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, scale: float, features: Features
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    features: Features,
 ) -> torch.Tensor:
-    """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, int32 ``[B + 1]`` -> ``[T, H, d]``."""
+    """``[T, H, d]``, ``[T, Hk, d]``, ``[T, Hk, d]``, int32 ``[B + 1]`` -> ``[T, H, d]``.
+
+    Raises:
+        ValueError: sequences outside of the T tokens, or longer than ``max_seqlen``.
+    """
     out = torch.empty(q.shape, dtype=q.dtype)
     f = features
     # Every tensor has a name until the end of the call: an address keeps nothing alive.
@@ -36,7 +46,7 @@ def varlen_attention(
     columns = None if f.columns is None else f.columns.contiguous()
     rel_h, rel_w = float32(f.rel_h), float32(f.rel_w)
     native.library.attention(
-        native.current,
+        *(native.current, q.shape[0], max_seqlen),
         *(address(x) for x in (q, k, v, out, offsets)),
         *(native.DTYPES[q.dtype], len(offsets) - 1, q.shape[1], k.shape[1], q.shape[2]),
         *q.stride()[:2],
