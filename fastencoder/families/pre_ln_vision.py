@@ -178,11 +178,12 @@ TABLES: list[tuple[Adapter, dict[str, str]]] = [
         OLD_VIT,
         {
             "videomae.modeling_videomae.VideoMAELayer": "videomae",
-            "yolos.modeling_yolos.YolosLayer": "yolos",
             "dpt.modeling_dpt.DPTViTLayer": "dpt",
             "mobilevit.modeling_mobilevit.MobileViTTransformerLayer": "mobilevit",
         },
     ),
+    # Positions may be added once more behind every layer.
+    (replace(OLD_VIT, works_between="interpolation"), {"yolos.modeling_yolos.YolosLayer": "yolos"}),
     (
         OLD_VIT_MASKED,
         {

@@ -153,6 +153,11 @@ class FastLayer(nn.Module):
         mask = KINDS[adapter.attention].mask(mask, others)
         if call is not None and call.whole_output is not None and call.carried is hidden:
             return self._pass_on(adapter, call)
+        if call is not None and call.carried is not None and call.carried is not hidden and call.next_layer() is self:
+            raise RuntimeError(
+                f"{state.stack.owner_class} works on the hidden states between its layers, which are packed there: "
+                "reverse(model), and report the model, so that its layers are not run this way."
+            )
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (4,) if adapter.grid else (3,))
         refuse_mode(self, hidden)
         binding, projections = state.ready(self)
