@@ -73,7 +73,13 @@ bool inside(const int32_t* offsets, int64_t sequences, int64_t rows, int64_t lon
     return fits;
 }
 
-PyObject* done(bool enough_memory) {
+// Runs a kernel while other Python threads run; it says whether there was memory enough.
+template <class Kernel>
+PyObject* unlocked(Kernel kernel) {
+    bool enough_memory;
+    Py_BEGIN_ALLOW_THREADS;
+    enough_memory = kernel();
+    Py_END_ALLOW_THREADS;
     if (!enough_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -100,11 +106,7 @@ PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     for (int64_t* x : {&a.rel_h_token, &a.rel_h_head, &a.rel_w_token, &a.rel_w_head, &a.grid_width}) *x = from.integer();
     a.threads = from.integer();
     if (!from.ok() || !inside(a.offsets, a.sequences, tokens, longest)) return nullptr;
-    bool enough_memory;
-    Py_BEGIN_ALLOW_THREADS;
-    enough_memory = (isa == kAvx512 ? avx512::attention : avx2::attention)(a);
-    Py_END_ALLOW_THREADS;
-    return done(enough_memory);
+    return unlocked([&] { return (isa == kAvx512 ? avx512::attention : avx2::attention)(a); });
 }
 
 // (isa, x, residual, ...): the members of AddNorm in their order.
@@ -118,11 +120,7 @@ PyObject* add_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     a.eps = from.real();
     a.threads = from.integer();
     if (!from.ok()) return nullptr;
-    bool enough_memory;
-    Py_BEGIN_ALLOW_THREADS;
-    enough_memory = (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a);
-    Py_END_ALLOW_THREADS;
-    return done(enough_memory);
+    return unlocked([&] { return (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a); });
 }
 
 // (isa, x, weight, ...): the members of Linear in their order.
@@ -136,11 +134,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
                        &a.threads})
         *x = from.integer();
     if (!from.ok()) return nullptr;
-    bool enough_memory;
-    Py_BEGIN_ALLOW_THREADS;
-    enough_memory = (isa == kAvx512 ? avx512::linear : avx2::linear)(a);
-    Py_END_ALLOW_THREADS;
-    return done(enough_memory);
+    return unlocked([&] { return (isa == kAvx512 ? avx512::linear : avx2::linear)(a); });
 }
 
 // (isa, layer, x, out, ...): the bytes of a Layer, and the members of LayerCall in their order.
@@ -155,11 +149,7 @@ PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
     call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
     from.address(call.scale1), from.address(call.scale2);
     if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
-    bool enough_memory;
-    Py_BEGIN_ALLOW_THREADS;
-    enough_memory = (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call);
-    Py_END_ALLOW_THREADS;
-    return done(enough_memory);
+    return unlocked([&] { return (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call); });
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {

@@ -140,10 +140,10 @@ def linear_prepacked(
     ``[T, K]``, opaque, ``[N]``, name, ``[T, N]`` -> ``[T, N]``. Gated: an opaque ``[2 N, K]`` and ``[2 N]``; the halves of the
     product are rounded before they meet.
     """
-    if scale is not None and (gated or not isinstance(packed_weight, Panels)):
-        return _scaled(linear_prepacked(x, packed_weight, bias, activation, None, gated), scale, residual)
     if isinstance(packed_weight, Panels) and not gated:
         return cpu_native.linear(x, packed_weight, bias, activation, residual, scale)
+    if scale is not None:
+        return _scaled(linear_prepacked(x, packed_weight, bias, activation, None, gated), scale, residual)
     if gated:
         if isinstance(packed_weight, Panels):
             product = cpu_native.linear(x, packed_weight, bias)
