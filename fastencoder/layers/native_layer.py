@@ -1,12 +1,13 @@
-"""A whole layer in one call of the C++ extension, where it is nothing but plain attention, two norms and two projections.
+"""Whole layers in one call of the C++ extension, where they are nothing but plain attention, two norms and two projections.
 
-It computes what `program.py` says, in the same operations and the same order; what it saves is the time between them, which
-is most of it for few tokens, and their buffers.
+They compute what `program.py` says, in the same operations and the same order; what this saves is the time between them,
+which is most of it for few tokens, and their buffers.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ from .projection import Prepacked
 
 _NORMS = ("norm1", "norm2")
 _MATRICES = ("out", "up", "down")
+_NUMBERS = ("scale", "eps1", "eps2")
 
 
 class _Layer(ctypes.Structure):
@@ -30,6 +32,8 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "out", "up", "down")),
         *((f"{name}_bias", ctypes.c_void_p) for name in ("query", "key", "value", "out", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
+        *((name, ctypes.c_double) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in ("scale1", "scale2")),
     )
 
 
@@ -43,27 +47,26 @@ class NativeLayer:
         biases |= dict(zip(("query_bias", "key_bias", "value_bias"), qkv_biases or (None,) * 3, strict=True))
         self._kept = qkv, qkv_biases, slots
         self.isa = qkv.isa
-        self._fields = bytes(
-            _Layer(
-                pre_norm=spec.adapter.norm_placement == "pre",
-                dim=spec.hidden_size,
-                heads=spec.num_heads,
-                kv_heads=spec.num_kv_heads,
-                head_dim=spec.head_dim,
-                inner=slots["up"].outputs,
-                activation=ACTIVATION_CODES[spec.activation],
-                weight_dtype=native.DTYPES[qkv.weight.dtype],
-                vector_dtype=native.DTYPES[binding.linears["out"].weight.dtype],
-                norm_dtype=native.DTYPES[norms[0].weight.dtype],
-                rms=norms[0].rms,
-                qkv=qkv.weight.data_ptr(),
-                **{name: panels.weight.data_ptr() for name, panels in slots.items()},
-                **{name: native.address(bias) for name, bias in biases.items()},
-                norm1=norms[0].weight.data_ptr(),
-                norm1_bias=native.address(norms[0].bias),
-                norm2=norms[1].weight.data_ptr(),
-                norm2_bias=native.address(norms[1].bias),
-            )
+        self._made: tuple[tuple, bytes] = ((), b"")
+        self._layer = _Layer(
+            pre_norm=spec.adapter.norm_placement == "pre",
+            dim=spec.hidden_size,
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            inner=slots["up"].outputs,
+            activation=ACTIVATION_CODES[spec.activation],
+            weight_dtype=native.DTYPES[qkv.weight.dtype],
+            vector_dtype=native.DTYPES[binding.linears["out"].weight.dtype],
+            norm_dtype=native.DTYPES[norms[0].weight.dtype],
+            rms=norms[0].rms,
+            qkv=qkv.weight.data_ptr(),
+            **{name: panels.weight.data_ptr() for name, panels in slots.items()},
+            **{name: native.address(bias) for name, bias in biases.items()},
+            norm1=norms[0].weight.data_ptr(),
+            norm1_bias=native.address(norms[0].bias),
+            norm2=norms[1].weight.data_ptr(),
+            norm2_bias=native.address(norms[1].bias),
         )
 
     def runs(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -77,25 +80,35 @@ class NativeLayer:
             and device_kind(x) == "cpu"
         )
 
-    def __call__(self, binding: Binding, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-        """`[T, D]` -> `[T, D]`."""
-        out = torch.empty_like(x)
-        scale1, scale2 = binding.layer_scales()
-        native.library.layer(
-            self.isa,
-            self._fields,
-            x.data_ptr(),
-            out.data_ptr(),
-            batch.offsets.data_ptr(),
-            batch.offsets.shape[0] - 1,
-            x.shape[0],
-            torch.get_num_threads(),
-            float(binding.scale),
-            *(float(binding.norm(slot).eps) for slot in _NORMS),
-            native.address(scale1),
-            native.address(scale2),
-        )
-        return out
+    def fields(self, binding: Binding) -> bytes:
+        """The layer's `Layer`, with the numbers as the model's modules have them now."""
+        scales = (native.address(scale) for scale in binding.layer_scales())
+        now = (binding.scale, *(binding.eps(slot) for slot in _NORMS), *scales)
+        made_for, fields = self._made
+        if now != made_for:
+            for name, value in zip((*_NUMBERS, "scale1", "scale2"), now, strict=True):
+                setattr(self._layer, name, value)
+            fields = bytes(self._layer)
+            self._made = now, fields  # both at once: another thread may ask
+        return fields
+
+
+def run_layers(layers: Sequence[tuple[Binding, NativeLayer]], batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+    """One layer after the other: `[T, D]` -> `[T, D]` in the dtype of `x`, to which every layer's output is rounded."""
+    values = x.to(torch.float32)
+    out = torch.empty_like(values)
+    native.library.layers(
+        layers[0][1].isa,
+        b"".join([layer.fields(binding) for binding, layer in layers]),
+        x.dtype == torch.bfloat16,
+        values.data_ptr(),
+        out.data_ptr(),
+        batch.offsets.data_ptr(),
+        batch.offsets.shape[0] - 1,
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    return out.to(x.dtype)
 
 
 def native_layer(binding: Binding, qkv: object, qkv_biases: list[torch.Tensor] | None, slots: dict) -> NativeLayer | None:

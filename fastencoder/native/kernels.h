@@ -61,14 +61,14 @@ struct Layer {
     const void *qkv, *projection, *up, *down;
     const void *query_bias, *key_bias, *value_bias, *projection_bias, *up_bias, *down_bias;  // all or none of the first three
     const void *norm1, *norm1_bias, *norm2, *norm2_bias;
+    double scale, eps1, eps2;
+    const void *scale1, *scale2;  // [D] of vector_dtype
 };
 struct LayerCall {
     const float* x;
-    float* out;
+    float* out;  // may be x
     const int32_t* offsets;
     int64_t sequences, rows, threads;
-    double scale, eps1, eps2;
-    const void *scale1, *scale2;  // [D] of vector_dtype
 };
 
 // Some queries of a sequence, and the keys that some of them see; positions in the sequence.
@@ -86,6 +86,7 @@ bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
+void round_to_bf16(float* x, int64_t n);
 int64_t panel_width();
 }
 namespace avx2 {
@@ -93,6 +94,7 @@ bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
+void round_to_bf16(float* x, int64_t n);
 int64_t panel_width();
 }
 

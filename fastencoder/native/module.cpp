@@ -28,15 +28,16 @@ class Arguments {
     void address(T*& to) {
         to = reinterpret_cast<T*>(integer());
     }
-    void bytes(void* to, Py_ssize_t size) {
+    // How many structures the bytes hold; `to` points to the first, for as long as the argument is there.
+    template <class T>
+    int64_t structures(const T*& to) {
         PyObject* x = next();
         char* from;
         Py_ssize_t length;
-        if (!x || PyBytes_AsStringAndSize(x, &from, &length) != 0) return;
-        if (length == size)
-            std::memcpy(to, from, size);
-        else
-            missing_ = true;
+        if (!x || PyBytes_AsStringAndSize(x, &from, &length) != 0) return 0;
+        if (length == 0 || length % sizeof(T) != 0) missing_ = true;
+        to = reinterpret_cast<const T*>(from);
+        return length / sizeof(T);
     }
     bool ok() {
         if (!PyErr_Occurred() && (missing_ || at_ != count_)) PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
@@ -137,19 +138,25 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unlocked([&] { return (isa == kAvx512 ? avx512::linear : avx2::linear)(a); });
 }
 
-// (isa, layer, x, out, ...): the bytes of a Layer, and the members of LayerCall in their order.
-PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// (isa, layers, rounded, x, out, ...): the bytes of one Layer after the other, whether the tokens are rounded to bfloat16 behind
+// each, and the members of LayerCall in their order.
+PyObject* layers(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
-    Layer layer;
     LayerCall call;
-    int64_t isa = from.integer();
-    from.bytes(&layer, sizeof layer);
+    const Layer* layers = nullptr;
+    int64_t isa = from.integer(), number = from.structures(layers), rounded = from.integer();
     from.address(call.x), from.address(call.out), from.address(call.offsets);
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
-    call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
-    from.address(call.scale1), from.address(call.scale2);
     if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
-    return unlocked([&] { return (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call); });
+    auto run = isa == kAvx512 ? avx512::layer : avx2::layer;
+    auto round = isa == kAvx512 ? avx512::round_to_bf16 : avx2::round_to_bf16;
+    return unlocked([&] {
+        for (int64_t i = 0; i < number; i++, call.x = call.out) {
+            if (!run(layers[i], call)) return false;
+            if (rounded) round(call.out, call.rows * layers[i].dim);
+        }
+        return true;
+    });
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {
@@ -164,7 +171,7 @@ PyMethodDef methods[] = {
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
-    {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer)), METH_FASTCALL, nullptr},
+    {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layers)), METH_FASTCALL, nullptr},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
     {},
 };
