@@ -33,12 +33,12 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
         for layer in call.schedule:
             binding, projections = layer._fastencoder.ready(layer)
             refuse_mode(layer, hidden)
-            if (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
+            native = projections.native_layer
+            if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
+                return None
+            if not native.runs(values, projections.working_dtype(values.shape[0])):
                 return None
             values = values if layers else projections.entering(values)
-            native = projections.native_layer
-            if native is None or not native.runs(values, projections.working_dtype(values.shape[0])):
-                return None
             layers.append((binding, native))
     except Delegated:
         return None

@@ -41,6 +41,22 @@ struct AddNorm {
     int64_t threads;
 };
 
+// embed_norm of kernels/embed_norm/__init__.py, for T rows.
+struct Table {
+    const void *values, *ids;  // [rows, D] of `dtype`; [T]
+    int64_t rows, row, wide;   // row: stride; wide: the ids are int64, otherwise int32
+};
+struct EmbedNorm {
+    Table table[3];
+    int64_t tables;
+    const void *weight, *bias;  // [D] of `vector_dtype`: float32 or `dtype`
+    void* out;                  // [T, D] of `dtype`
+    int64_t dtype, vector_dtype, rows, dim;
+    double eps;
+    int64_t threads;
+};
+enum Outcome { kDone, kNoMemory, kOutside };  // kOutside: an id is not in its table
+
 // linear of kernels/linear/__init__.py in float32, not gated. The weight is [N, K] by rows, or packed: [N / P, K, P] with
 // P = panel_width(), rows beyond N zero.
 struct Linear {
@@ -71,6 +87,12 @@ struct LayerCall {
     int64_t sequences, rows, threads;
 };
 
+// Spread elements of a tensor, and what they were.
+struct Probe {
+    const char *live, *saved;
+    int64_t count, step, size;  // step: between live elements, in bytes; size: of an element
+};
+
 // Some queries of a sequence, and the keys that some of them see; positions in the sequence.
 struct Task {
     int64_t sequence, first, end, low, high;
@@ -84,6 +106,7 @@ Task* tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t 
 namespace avx512 {
 bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
+Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
 void round_to_bf16(float* x, int64_t n);
@@ -92,6 +115,7 @@ int64_t panel_width();
 namespace avx2 {
 bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
+Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
 void round_to_bf16(float* x, int64_t n);

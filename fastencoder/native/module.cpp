@@ -39,6 +39,7 @@ class Arguments {
         to = reinterpret_cast<const T*>(from);
         return length / sizeof(T);
     }
+    bool left() const { return at_ < count_ && !missing_; }
     bool ok() {
         if (!PyErr_Occurred() && (missing_ || at_ != count_)) PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
         return !PyErr_Occurred();
@@ -124,6 +125,43 @@ PyObject* add_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unlocked([&] { return (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a); });
 }
 
+// (isa, dtype, vector_dtype, rows, dim, eps, threads, weight, bias, out), then for each table its members in their order.
+PyObject* embed_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    EmbedNorm a = {};
+    int64_t isa = from.integer();
+    for (int64_t* x : {&a.dtype, &a.vector_dtype, &a.rows, &a.dim}) *x = from.integer();
+    a.eps = from.real(), a.threads = from.integer();
+    from.address(a.weight), from.address(a.bias), from.address(a.out);
+    for (; a.tables < 3 && from.left(); a.tables++) {
+        Table& table = a.table[a.tables];
+        from.address(table.values), from.address(table.ids);
+        for (int64_t* x : {&table.rows, &table.row, &table.wide}) *x = from.integer();
+    }
+    if (!from.ok()) return nullptr;
+    Outcome outcome;
+    PyObject* done = unlocked([&] {
+        outcome = (isa == kAvx512 ? avx512::embed_norm : avx2::embed_norm)(a);
+        return outcome != kNoMemory;
+    });
+    if (!done || outcome == kDone) return done;
+    Py_DECREF(done);
+    PyErr_SetString(PyExc_IndexError, "an id is outside of its table of embeddings");
+    return nullptr;
+}
+
+// (probes): whether the elements are still what they were, for the bytes of one Probe after the other.
+PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    const Probe* probe = nullptr;
+    int64_t number = from.structures(probe);
+    if (!from.ok()) return nullptr;
+    for (const Probe* end = probe + number; probe < end; probe++)
+        for (int64_t i = 0; i < probe->count; i++)
+            if (std::memcmp(probe->live + i * probe->step, probe->saved + i * probe->size, probe->size) != 0) Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
+}
+
 // (isa, x, weight, ...): the members of Linear in their order.
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
@@ -170,6 +208,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512."},
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
+    {"embed_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(embed_norm)), METH_FASTCALL, nullptr},
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unchanged)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
     {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layers)), METH_FASTCALL, nullptr},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
