@@ -14,7 +14,7 @@ from ..kernels.varlen_attention import query_block
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 from . import trial
-from .guards import Delegated, refuse_mode
+from .guards import Delegated, refuse_layers_mode, refuse_mode
 from .native_layer import run_layers
 from .program import run_layer
 from .stack import StackCall
@@ -32,7 +32,7 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
     try:
         for layer in call.schedule:
             binding, projections = layer._fastencoder.ready(layer)
-            refuse_mode(layer, hidden)
+            refuse_layers_mode(layer, hidden)
             native = projections.native_layer
             if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
                 return None

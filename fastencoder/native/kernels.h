@@ -70,10 +70,10 @@ struct Linear {
     int64_t threads;
 };
 
-// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed;
-// vectors beside them are float32 or of their dtype. Null where there is none.
+// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed, all of
+// them, or contiguous; vectors beside them are float32 or of their dtype. Null where there is none.
 struct Layer {
-    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, vector_dtype, norm_dtype, rms;
+    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, vector_dtype, norm_dtype, rms, packed;
     const void *qkv, *projection, *up, *down;
     const void *query_bias, *key_bias, *value_bias, *projection_bias, *up_bias, *down_bias;  // all or none of the first three
     const void *norm1, *norm1_bias, *norm2, *norm2_bias;
