@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -49,6 +51,14 @@ def test_snippets_of(page: str, place: Path) -> None:
     assert done.checked <= allowed
     assert done.checked == allowed or torch.cuda.is_available()
     assert done.text == TEXT.get(page, 0)
+
+
+def test_the_model_types_that_readme_names_are_fast() -> None:
+    rows = re.findall(r"^\| [^|`]+ \| (`.*`) \|$", (snippets.ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    survey = json.loads((snippets.ROOT / "docs" / "models.json").read_text(encoding="utf-8"))["models"]
+    assert len(named) == len(set(named)) > 40
+    assert not [name for name in named if "layer" not in {row[0] for row in survey[name].values()}]
 
 
 def test_pages_that_are_listed_exist_and_those_for_users_have_snippets() -> None:
