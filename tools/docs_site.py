@@ -24,7 +24,7 @@ PATTERNS = (
     "examples/*",
 )
 # What tests run before a snippet, and why they do not run one.
-_FOR_TESTS = re.compile(r"<!-- (?:invisible-code-block|not run).*?-->\n+", re.DOTALL)
+_FOR_TESTS = re.compile(r"^<!-- (?:invisible-code-block|not run).*?-->\n+", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
