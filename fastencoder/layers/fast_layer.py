@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import has_foreign_hooks
+from ..instance_forward import in_one_place
 from ..packing import NotAPaddingMask, PackedBatch
 from ..parts import lookup
 from ..spec import Adapter
@@ -362,8 +363,10 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
         return False
     if "hidden_states" in collected_outputs():
         return False
-    # A layer that was compiled by itself does not know tensors by their identity.
-    return not any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule)
+    # A layer that was compiled by itself does not know tensors by their identity; nor does one that they are moved to.
+    if any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule):
+        return False
+    return in_one_place(call.schedule)
 
 
 def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
