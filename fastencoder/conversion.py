@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import fingerprints, registry
+from . import fingerprints, registry, sentence_packing
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
 from .instance_forward import change_class, is_patched
@@ -129,6 +129,7 @@ def to_fast(
         )
     _swap(model, chosen, known, cuda_graphs, settings)
     _swap_attention(model, sites)
+    sentence_packing.install(model)
     return model
 
 
@@ -235,6 +236,7 @@ def reverse(model: Model) -> Model:
     if not is_fast(model):
         raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
     layers = fast_layers(model)
+    sentence_packing.remove(model)
     for module in model.modules():
         Stack.remove(module)
         Window.remove(module)

@@ -72,7 +72,8 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _only_places(hook: Any) -> bool:
-    return _kind(hook) == "AlignDevicesHook" and not hook.offload
+    # If it brings the weights too, they are not there: what asks finds that out by them.
+    return _kind(hook) == "AlignDevicesHook"
 
 
 def _kind(hook: Any) -> str | None:
