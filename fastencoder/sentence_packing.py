@@ -141,7 +141,7 @@ class PackTexts:
 
     def _layers_are_fast(self) -> bool:
         layers = [layer for layer in self.module.model.modules() if isinstance(layer, FastLayer)]
-        if torch.is_grad_enabled() or len(layers) < _layers(self.module.model):
+        if len(layers) < _layers(self.module.model):
             return False
         try:
             for layer in layers:

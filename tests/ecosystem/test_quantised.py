@@ -137,6 +137,18 @@ def test_loading_with_bitsandbytes(kind: str, folder: Path) -> None:
 TORCHAO = {"weights": "Int8WeightOnlyConfig", "weights and activations": "Int8DynamicActivationInt8WeightConfig"}
 
 
+def change_by_a_last_bit(model: nn.Module) -> float:
+    """How far the answers move if what enters the layers changes by one part in ten millions."""
+    expected, generator = run(model), torch.Generator().manual_seed(0)
+    hook = model.embeddings.register_forward_hook(
+        lambda _, __, hidden: hidden * (1 + 1e-7 * torch.randn(hidden.shape, generator=generator))
+    )
+    moved = error(model, expected)
+    hook.remove()
+    assert 0 < moved < 0.02
+    return moved
+
+
 @pytest.mark.parametrize("when", ["before", "after", "loaded"])
 @pytest.mark.parametrize("kind", TORCHAO)
 def test_torchao(kind: str, when: str, folder: Path) -> None:
@@ -152,12 +164,11 @@ def test_torchao(kind: str, when: str, folder: Path) -> None:
         for model in (stock, fast):
             quantization.quantize_(model.encoder, config())
     expected = run(stock)
-    quantised = effect(stock)
-    assert quantised > 1e-4
+    assert effect(stock) > 1e-4
     if when != "before":
         to_fast(fast)
     before = tiny.calls(fast)
-    # Of activations in int8 a last bit of fp32 may decide the rounding.
-    assert error(fast, expected) < (quantised / 2 if "activations" in kind else BAR)
+    # Of activations in int8 the last bit of fp32 decides the rounding: the bar is what it does to the stock model.
+    assert error(fast, expected) < (2 * change_by_a_last_bit(stock) if "activations" in kind else BAR)
     assert tiny.calls(fast) == (before[0] + 3, before[1]), tiny.reasons(fast)
     assert torch.equal(run(reverse(fast)), expected)
