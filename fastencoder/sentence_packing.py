@@ -86,10 +86,7 @@ class CanFlatten:
         self.forget()
         if type(module)._can_flatten_inputs(module):  # flash attention
             return True
-        texts = module.transformer_task in ("feature-extraction", "fill-mask") and "text" in module.modality_config
-        if not texts or module.unpad_inputs is not True or module.backend != "torch":
-            return False
-        if any(how["method"] != "forward" for how in module.modality_config.values()):
+        if module.unpad_inputs is not True:
             return False
         names = ("data_collator", "model_forward_params", "_flatten_position_offset")
         self.kept = {name: vars(module)[name] for name in names if name in vars(module)}

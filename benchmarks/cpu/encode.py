@@ -138,7 +138,7 @@ HOW = (
     "all-MiniLM-L6-v2 with its real weights turns paragraphs of Python's language reference into vectors: "
     f"`model.encode(texts, batch_size={ENCODE_BATCH})`, with tokenizing, sorting by length and pooling. Every system runs in a "
     "process of its own; in every round each is timed once, and the others sleep. Times are medians over the rounds, ratios "
-    "are of times of the same round. *Error* and *cosine* are the worst of an embedding against stock in fp32; a system that is "
+    "are of times of the same round. *Error* and *cosine* are the worst of an embedding against stock in fp32; one that is "
     "not near enough (fp32: error 1e-4, bf16: cosine 0.999) has no speed. In bf16 every system may also compute in fp32; ONNX "
     "Runtime has nothing else on a CPU. *Unpadded* is fastencoder with sentence-transformers' `unpad_inputs=True`."
 )
