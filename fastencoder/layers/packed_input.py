@@ -29,16 +29,17 @@ def within_sequences(
         return args, kwargs
     given = read_arguments(original_class, args, kwargs)
     hidden, mask = given[first_parameter(original_class)], given.get(adapter.mask)
-    if not adapter.mask or adapter.mask_marks == "pairs" or hidden.dim() != 3 or hidden.shape[0] != 1:
+    readable = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+    if not (adapter.mask and readable) or adapter.mask_marks == "pairs" or hidden.dim() != 3 or hidden.shape[0] != 1:
         raise RuntimeError(
             f"{original_class.__name__} has to run its original forward, which cannot keep packed sequences (cu_seq_lens_q) "
             "apart: give the model padded input and an attention mask."
         )
     apart = _apart(given["cu_seq_lens_q"], hidden)
-    if isinstance(mask, torch.Tensor):
-        apart = (
-            mask & (apart == 0) if mask.dtype == torch.bool else (mask + apart).clamp(min=torch.finfo(mask.dtype).min)
-        )
+    if mask is not None and mask.dtype == torch.bool:
+        apart = mask & (apart == 0)
+    elif mask is not None:
+        apart = torch.maximum(mask + apart, torch.full_like(apart, torch.finfo(apart.dtype).min))  # not infinite
     given[adapter.mask] = apart
     return (), given
 

@@ -291,3 +291,34 @@ def test_models_that_take_packed_tokens(name: str) -> None:
         assert tiny.calls(model) == (3, 0)
     got = packed(model, rows, first).detach()  # the original layers
     assert tiny.relative_error(got, expected) < BAR and tiny.calls(model) == (3, 3)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_tokens_with_a_mask_are_kept_apart_too(implementation: str) -> None:
+    """ModernBERT's own mask of windows: the original layers see it and the sequences."""
+    ids = dict(pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
+    config = transformers.ModernBertConfig(
+        vocab_size=99, max_position_embeddings=64, local_attention=4, **tiny.SIZES, **ids
+    )
+    stock = transformers.ModernBertModel(config).eval()
+    sharpen(stock)
+    stock.set_attn_implementation(implementation)
+    model = to_fast(copy.deepcopy(stock))
+    rows = [
+        torch.randint(5, 99, (length,), generator=torch.Generator().manual_seed(length)) for length in (7, 9, 3, 1, 9)
+    ]
+    with torch.inference_mode():
+        expected = torch.cat([stock(input_ids=row[None])[0][0] for row in rows])
+        assert tiny.relative_error(packed(model, rows, 0), expected) < BAR
+    assert tiny.calls(model) == (1, 2) and tiny.reasons(model) == {"both a mask and cu_seq_lens_q are given"}
+
+
+def test_packed_tokens_in_a_compiled_model() -> None:
+    """The graph runs the original layers, with a mask that keeps the sequences apart."""
+    stock = tiny.bert()
+    model = to_fast(copy.deepcopy(stock))
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    rows = [torch.randint(5, 99, (length,), generator=torch.Generator().manual_seed(length)) for length in (7, 9, 3)]
+    with torch.inference_mode():
+        expected = torch.cat([stock(input_ids=row[None])[0][0] for row in rows])
+        assert tiny.relative_error(packed(compiled, rows, 0), expected) < BAR
