@@ -253,12 +253,13 @@ class FastLayer(nn.Module):
 
     def _pass_on(self, adapter: Adapter, call: StackCall) -> Any:
         """All layers have run already: the last one returns what came out, those before it a stand-in of its shape."""
-        call.carried = None
         call.advance(self)
         if call.next_layer() is None:
+            call.carried = None
             output = call.whole_output
             return _as_original(adapter, output.transpose(0, 1) if adapter.time_major else output)
-        call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
+        if call.carried is None:
+            call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
         return _as_original(adapter, call.carried)
 
     def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:
