@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import fingerprints, registry
+from . import fingerprints, registry, sentence_packing
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
+from .instance_forward import change_class, is_patched
 from .layers import (
     OWNERS,
     EmbeddingState,
@@ -128,6 +129,7 @@ def to_fast(
         )
     _swap(model, chosen, known, cuda_graphs, settings)
     _swap_attention(model, sites)
+    sentence_packing.install(model)
     return model
 
 
@@ -169,7 +171,7 @@ def _swap(
     for module, cls, state in plan:
         if state is not None:
             object.__setattr__(module, _STATE[type(state)], state)
-        module.__class__ = cls
+        change_class(module, cls)
     for owner, stack in stacks.values():
         stack.install(owner, model)
 
@@ -207,7 +209,7 @@ def _make_stack(
     reader: str | None,
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
-    own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
+    own_loop = type(owner).__module__ == layer_class.__module__ and not is_patched(owner)
     adapter = known.adapter
     works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
     own_loop &= not ((adapter.keeps_hidden_states and reader is None) or works_between)
@@ -218,7 +220,7 @@ def _make_stack(
 def _is_reader(module: nn.Module, layer_class: type, adapter: Adapter) -> bool:
     """Whether a module, the parent of layers' owner, is the one reader of what the owner's loop keeps."""
     cls = type(module)
-    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and "forward" not in vars(module)
+    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and not is_patched(module)
 
 
 def reverse(model: Model) -> Model:
@@ -234,22 +236,23 @@ def reverse(model: Model) -> Model:
     if not is_fast(model):
         raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
     layers = fast_layers(model)
+    sentence_packing.remove(model)
     for module in model.modules():
         Stack.remove(module)
         Window.remove(module)
         if isinstance(module, VarlenAttention):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
             del module._fastencoder_attention
     for layer in layers:
         layer._fastencoder.release(layer)
-        layer.__class__ = layer.original_class  # type: ignore[assignment]
+        change_class(layer, layer.original_class)
         del layer._fastencoder
     for module in model.modules():
         if isinstance(module, FastEmbeddings):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
             del module._fastencoder_embeddings
         elif isinstance(module, FastOwner):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
     return model
 
 

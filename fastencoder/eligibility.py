@@ -17,6 +17,7 @@ from torch import nn
 
 from . import registry
 from .activations import activation_name
+from .instance_forward import is_offloaded, is_patched, runs_own_forward
 from .norms import norm_kind
 from .parts import ParameterPair, examine_linears, linear_at, lookup
 from .spec import LAYER_SCALE_SLOTS, LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec, NameMap
@@ -53,7 +54,7 @@ def inspect_layer(
         adapter: the adapter that the class is registered with.
         allow_meta: accept weights on the meta device, to answer "would it be eligible?".
     """
-    reason = _not_this_family(layer, adapter)
+    reason = _not_this_family(layer, adapter) or _not_here(layer)
     if reason:
         return Finding(None, (reason,), left_alone=True)
     names = fitting_names(layer, adapter)
@@ -87,6 +88,12 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
     attention = lookup(layer, adapter.names[0].attention)
     if getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False):
         return "its attention is causal: it is a decoder layer"
+    return None
+
+
+def _not_here(layer: nn.Module) -> str | None:
+    if any(is_offloaded(module) for module in layer.modules()):
+        return "accelerate offloads its weights and brings them for each call of its parts: the original layer runs"
     return None
 
 
@@ -129,9 +136,10 @@ def _check_own_code(
     trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__), *adapter.sources}
     for name, module in layer.named_modules():
         what = name or "the layer itself"
-        if "forward" in vars(module):
-            owner = "accelerate" if hasattr(module, "_hf_hook") else "somebody"
-            yield f"{owner} has replaced the forward of {what} on the instance; remove that first"
+        if not runs_own_forward(module):
+            yield f"somebody has replaced the forward of {what} on the instance; remove that first"
+        elif name and is_patched(module):
+            yield f"accelerate has put a hook around {what}, which a fused layer would not run; hook the whole layer"
         if not name:
             if getattr(layer_class.forward, "__module__", None) != layer_class.__module__:
                 yield f"{layer_class.__name__}.forward has been replaced by other code"
@@ -161,7 +169,7 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def touched(module: nn.Module) -> bool:
     """Whether somebody's forward hooks look at a module, or its forward was patched."""
     state = module.__dict__
-    if "forward" in state:
+    if "forward" in state and is_patched(module):
         return True
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
 

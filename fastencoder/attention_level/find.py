@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..instance_forward import change_class, is_patched
 from ..layers import FastLayer
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
@@ -35,7 +36,7 @@ class AttentionSite:
         """Changes the class of the module."""
         varlen = varlen_class(type(self.module))
         object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read))
-        self.module.__class__ = varlen
+        change_class(self.module, varlen)
 
 
 def find_sites(model: nn.Module, layers: Container[str]) -> list[AttentionSite]:
@@ -61,7 +62,7 @@ def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, VarlenAttention):
         return True
     cls = type(module)
-    if call_site(cls) is None or "forward" in vars(module):  # accelerate, or somebody else, has put its own there
+    if call_site(cls) is None or is_patched(module):
         return False
     config = vars(module).get("config")
     if getattr(config, "_attn_implementation", None) not in KNOWN_FUNCTIONS:

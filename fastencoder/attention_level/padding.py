@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..instance_forward import is_patched
 from ..registry import qualified_name
 
 _PACKAGE = "transformers.models."
@@ -83,7 +84,7 @@ def ancestors(name: str) -> Iterator[str]:
 def _is_own_code(module: nn.Module) -> bool:
     """Whether a module runs code of transformers or torch, or of PEFT, which adapts tokens one by one."""
     ours = ("transformers", "torch", "peft", "fastencoder")
-    return type(module).__module__.partition(".")[0] in ours and "forward" not in vars(module)
+    return type(module).__module__.partition(".")[0] in ours and not is_patched(module)
 
 
 def _mixes_neighbours(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import has_foreign_hooks
+from ..instance_forward import in_one_place
 from ..packing import NotAPaddingMask, PackedBatch
 from ..parts import lookup
 from ..spec import Adapter
@@ -23,6 +24,7 @@ from .binding import Binding
 from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
 from .joined import separate
+from .packed_input import within_sequences
 from .program import run_layer
 from .settings import DEFAULT, Settings
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
@@ -185,7 +187,9 @@ class FastLayer(nn.Module):
             return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
             return self._run_carried(run, adapter, call)
-        if mask is None and others.get("cu_seq_lens_q") is not None:
+        if others.get("cu_seq_lens_q") is not None:
+            if mask is not None:
+                raise Delegated("both a mask and cu_seq_lens_q are given")
             return self._run_already_packed(run, adapter, call, hidden, others)
         return self._run_padded(run, binding, call, hidden, mask)
 
@@ -320,6 +324,8 @@ class FastLayer(nn.Module):
             call.advance(self)
         args = tuple(restored(value) for value in args)
         kwargs = {name: restored(value) for name, value in kwargs.items()}
+        if kwargs.get("cu_seq_lens_q") is not None:
+            args, kwargs = within_sequences(self, type(self).original_class, self._fastencoder.adapter, args, kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -368,8 +374,10 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
         return False
     if "hidden_states" in collected_outputs():
         return False
-    # A layer that was compiled by itself does not know tensors by their identity.
-    return not any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule)
+    # A layer that was compiled by itself does not know tensors by their identity; nor does one that they are moved to.
+    if any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule):
+        return False
+    return in_one_place(call.schedule)
 
 
 def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = frozenset(
         "output_hidden_states",
         "position_ids",
         "return_dict",
+        "seq_idx",
         "use_cache",
     }
 )
