@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
 import fastencoder
-from fastencoder import cli, registry
-from fastencoder.cli import WIDTH, app, load_model
+from fastencoder import registry
+from fastencoder.cli import WIDTH, app, load_model, loading
 
 TINY = {
     "vocab_size": 50,
@@ -124,7 +124,7 @@ def test_a_model_type_of_each_kind_can_be_explained(name: str) -> None:
 
 
 def test_a_model_too_large_for_this_machine_is_explained_without_memory(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(loading, "_MOST_BYTES", 2**20)
     model, _ = load_model("bert")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert fastencoder.explain(model).eligible
