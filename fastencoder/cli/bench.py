@@ -29,6 +29,8 @@ from .loading import ModelNotFound, load_model
 if TYPE_CHECKING:
     from ..checks import Batch, Timing
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab*", "merges.txt", "*.model")
+
 
 def bench(
     model: ModelArgument,
@@ -132,18 +134,17 @@ def _batches(
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(model).expanduser().is_dir():
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
         fail(f"--texts needs a tokenizer, and '{model}' is no folder; give --lengths instead")
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):  # an empty one would be made
+        fail(f"--texts: there is no tokenizer in '{model}'; give --lengths instead")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            Path(model).expanduser(), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         fail(f"--texts: there is no usable tokenizer in '{model}': {first_line(error)}")
     if tokenizer.pad_token is None:
-        fail(
-            f"--texts: the tokenizer of '{model}' has no padding token, so it makes no batches; give --lengths instead"
-        )
+        fail(f"--texts: the tokenizer of '{model}' has no padding token, so it makes no batches; give --lengths instead")
     return tokenizer
 
 
