@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastencoder
@@ -252,3 +254,13 @@ def test_explain_with_a_wrong_setting(options: tuple[str, str], message: str) ->
     result = invoke("explain", "bert", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_every_command_is_described_in_the_documents() -> None:
+    """docs/cli.md has a section for each command that `--help` lists, in its order, and the first line of its help."""
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    commands = list(get_command(app).commands.items())
+    assert re.findall(r"^## (\w+)$", page, re.M) == [name for name, _ in commands]
+    shown = " ".join(page.replace("│", " ").split())
+    for name, command in commands:
+        assert f"{name} {' '.join(command.help.split(chr(10) + chr(10))[0].split())}" in shown
