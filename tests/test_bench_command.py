@@ -97,8 +97,8 @@ def test_images_come_in_batches() -> None:
 def test_command_with_lengths(clock, saved: Path) -> None:
     result = invoke("bench", str(saved), "--lengths", "12,40,7", "--rounds", "3")
     assert result.exit_code == 0, result.output
-    assert "3 rows in 1 batches of up to 32: 59 real tokens, 51% padding" in result.stdout
-    assert "answers equal on 1 of 1 batches" in result.stdout
+    assert "3 rows in 1 batch of up to 32: 59 real tokens, 51% padding" in result.stdout
+    assert "answers equal on 1 of 1 batch:" in result.stdout
     assert "ratio 2.00x (quartiles by round 2.00 to 2.00, 3 rounds)" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= WIDTH
 

@@ -57,6 +57,25 @@ def test_mistyped_command_suggests_the_right_one() -> None:
     assert "explain" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("expain", "bert"), "explain"),
+        (("explain",), "MODEL"),
+        (("explain", "bert", "--jsn"), "--json"),
+        (("explain", "bert", "more"), "more"),
+        (("demo", "--paragraphs", "many"), "many"),
+        (("bench", "bert", "--texts", "no-such-file"), "no-such-file"),
+        (("verify", "bert", "--inputs", "no-such-file"), "no-such-file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
 def test_explain_folder_names_every_layer(saved: Path) -> None:
     result = invoke("explain", str(saved))
     assert result.exit_code == 0, result.output

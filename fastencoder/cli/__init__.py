@@ -10,9 +10,12 @@ and `demo`: the answers differ); 2 the question was wrong (an unknown model, a b
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .bench import bench
 from .common import WIDTH
@@ -26,10 +29,30 @@ from .verify import verify
 
 __all__ = ["WIDTH", "ModelNotFound", "app", "load_model", "main"]
 
+_UsageError = typer.BadParameter.__mro__[1]  # of whichever click typer brings
+
+
+class OneLineErrors(TyperGroup):
+    """Says what is wrong with a command line in one line, and shows the help where there is nothing at all."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **named: Any) -> Any:
+        args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        try:
+            status = super().main(args, *more, standalone_mode=False, **named)
+        except _UsageError as error:
+            if not standalone_mode:
+                raise
+            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)  # type: ignore[attr-defined]
+            status = 2
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
     name="fastencoder",
+    cls=OneLineErrors,
     help="Hugging Face encoder models on packed tokens and fused kernels.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )

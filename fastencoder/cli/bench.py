@@ -190,12 +190,13 @@ def _print(about: dict[str, Any], timing: Timing, batch_size: int) -> None:
         line(f"note: {note}")
     line(f"on {about['machine']}; {', '.join(f'{name} {version}' for name, version in about['versions'].items())}")
     padding = 1 - timing.tokens / timing.positions
-    rows = f"{timing.rows:,} rows in {timing.batches} batches of up to {batch_size}"
+    batches = f"{timing.batches} batch{'es' if timing.batches > 1 else ''}"
+    rows = f"{timing.rows:,} rows in {batches} of up to {batch_size}"
     line(f"{rows}: {timing.tokens:,} real tokens, {padding:.0%} padding")
     worst = max(timing.errors.items(), key=lambda item: item[1][0] / item[1][1])
     name, (error, limit) = worst
     line(
-        f"answers equal on {timing.checked} of {timing.batches} batches: {name} {error:.1e}, bound {limit:.1e}", "green"
+        f"answers equal on {timing.checked} of {batches}: {name} {error:.1e}, bound {limit:.1e}", "green"
     )
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("")
