@@ -29,7 +29,8 @@ from .verify import verify
 
 __all__ = ["WIDTH", "ModelNotFound", "app", "load_model", "main"]
 
-_UsageError = typer.BadParameter.__mro__[1]  # of whichever click typer brings
+#: What typer raises for a wrong command line: of whichever click it brings.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class OneLineErrors(TyperGroup):
@@ -37,12 +38,13 @@ class OneLineErrors(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **named: Any) -> Any:
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        named["standalone_mode"] = False
         try:
-            status = super().main(args, *more, standalone_mode=False, **named)
+            status = super().main(args, *more, **named)
         except _UsageError as error:
             if not standalone_mode:
                 raise
-            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)  # type: ignore[attr-defined]
+            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = 2
         if not standalone_mode:
             return status
