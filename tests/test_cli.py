@@ -64,7 +64,7 @@ def test_mistyped_command_suggests_the_right_one() -> None:
         (("explain",), "MODEL"),
         (("explain", "bert", "--jsn"), "--json"),
         (("explain", "bert", "more"), "more"),
-        (("demo", "--paragraphs", "many"), "many"),
+        (("demo", "--paragraphs", "many"), "--paragraphs"),
         (("bench", "bert", "--texts", "no-such-file"), "no-such-file"),
         (("verify", "bert", "--inputs", "no-such-file"), "no-such-file"),
     ],
