@@ -30,6 +30,11 @@ class Model:
         return [[float(row[0])] for row in rows]
 
 
+def run(main) -> None:
+    """To its end, or to a failure: a lost answer would be waited for without end."""
+    asyncio.run(asyncio.wait_for(main, 30))
+
+
 async def until(condition) -> None:
     async with asyncio.timeout(20):
         while not condition():
@@ -46,7 +51,7 @@ def test_texts_of_many_requests_share_batches_and_get_their_own_answers() -> Non
         assert len(model.threads) == 1 and threading.get_ident() not in model.threads
         await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_batch_is_bounded_by_tokens_and_a_long_text_runs_alone() -> None:
@@ -57,7 +62,7 @@ def test_a_batch_is_bounded_by_tokens_and_a_long_text_runs_alone() -> None:
         assert [[len(row) for row in batch] for batch in model.batches] == [[4, 5], [20], [6, 4]]
         await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_single_text_does_not_wait_for_company_for_ever() -> None:
@@ -67,7 +72,7 @@ def test_a_single_text_does_not_wait_for_company_for_ever() -> None:
             assert await batcher.ask([[7]]) == [[7.0]]
             await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
@@ -88,7 +93,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
             await batcher.ask([[i] for i in range(4)])  # never fits
         await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_an_error_is_of_its_batch_alone() -> None:
@@ -100,7 +105,7 @@ def test_an_error_is_of_its_batch_alone() -> None:
         assert await batcher.ask([[7]]) == [[7.0]]
         await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_who_leaves_takes_nobodys_answer_along() -> None:
@@ -119,7 +124,7 @@ def test_who_leaves_takes_nobodys_answer_along() -> None:
         assert [2] not in [row for batch in model.batches for row in batch]  # nothing is computed for nobody
         await batcher.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_closing_answers_everybody_and_takes_nobody() -> None:
@@ -138,7 +143,7 @@ def test_closing_answers_everybody_and_takes_nobody() -> None:
             await closing
         assert [task.result() for task in asked] == [[[float(i)]] for i in range(5)]
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_rate_is_of_each_client_and_comes_back(monkeypatch) -> None:
