@@ -61,10 +61,13 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 def read_norm(module: nn.Module, kind: NormKind) -> Norm:
     """The module's numbers, as they are now."""
     weight = module.weight + kind.offset if kind.offset else module.weight
+    return Norm(weight, getattr(module, "bias", None), read_eps(module, kind), kind.rms)
+
+
+def read_eps(module: nn.Module, kind: NormKind) -> float:
+    """The module's eps, as it is now."""
     eps = getattr(module, kind.eps_name)
-    if eps is None:  # torch.nn.RMSNorm's default
-        eps = torch.finfo(module.weight.dtype).eps
-    return Norm(weight, getattr(module, "bias", None), eps, kind.rms)
+    return torch.finfo(module.weight.dtype).eps if eps is None else eps  # None: torch.nn.RMSNorm's default
 
 
 @torch.inference_mode(False)

@@ -189,8 +189,8 @@ def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None, memor
 
     Args:
         model: a module, fast or not.
-        compute_dtype, memory: as for `to_fast`: what a conversion with them would do. Layers that are fast already have their
-            own.
+        compute_dtype: as for `to_fast`: what a conversion with it would do. Layers that are fast already have their own.
+        memory: likewise.
 
     Raises:
         ValueError: `compute_dtype` or `memory` has a value that `to_fast` does not take.

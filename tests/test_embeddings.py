@@ -13,14 +13,18 @@ from transformers import AlbertConfig, BertConfig, DistilBertConfig, ElectraConf
 
 from fastencoder import reverse, to_fast
 from fastencoder.families.embeddings import EMBEDDINGS
+from fastencoder.kernels import native
 from fastencoder.layers import EmbeddingState, FastEmbeddings, fast_class, fast_embeddings
 
 from . import tiny
 
 
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(fast_embeddings, "on_gpu", lambda device: True)
+@pytest.fixture(autouse=True, params=["as on CUDA", "extension"])
+def where(request, monkeypatch):
+    if request.param == "as on CUDA":
+        monkeypatch.setattr(fast_embeddings, "on_gpu", lambda device: True)
+    elif native.current == 0:
+        pytest.skip("no C++ extension here")
 
 
 def _config(name: str):
@@ -142,8 +146,9 @@ def test_in_a_model_and_back():
         assert torch.equal(model(**batch).last_hidden_state[mask], expected)
 
 
-def test_on_a_cpu_the_original_runs(monkeypatch):
+def test_on_a_cpu_without_the_extension_the_original_runs(monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(native, "current", 0)
     stock = _embeddings(BERT)
     fast = _fast(stock)
     with torch.inference_mode():

@@ -80,12 +80,18 @@ def test_exact(make, inputs):
     assert error(out[real], expected[real]) < 2e-6
 
 
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_groups_of_sequences_do_not_change_a_bit():
-    """Some 2,600 tokens: several groups, one of them a long sequence, one of empty and short ones."""
+def test_groups_of_sequences_do_not_change_a_bit(dtype, memory):
+    """Some 2,600 tokens: several groups, one of them a long sequence, one of empty and short ones. Alone, short ones run all
+    layers in one call, and their products are divided differently."""
     lengths = [600, 30, 500, 1, 400, 700, 2, 60, 300, 10]
-    inputs, fast = texts(lengths), to_fast(bert())
+    inputs, fast = texts(lengths), to_fast(bert().to(dtype), memory=memory)
     whole = fast(**inputs).last_hidden_state
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        pytest.skip("oneDNN multiplies bfloat16 here")
+    assert all(layer is not None for layer in native_layers(fast))
     for row, length in enumerate(lengths):
         alone = fast(input_ids=inputs["input_ids"][row : row + 1, :length]).last_hidden_state[0]
         assert torch.equal(whole[row, :length], alone)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import attention_implementation, inspect_layer, touched
-from ..norms import Norm, norm_kind, read_norm
+from ..norms import Norm, norm_kind, read_eps, read_norm
 from ..parts import ParameterPair, linear_at, lookup
 from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
 
@@ -111,6 +111,10 @@ class Binding:
         """The numbers of a norm as they are now; None if it has to be called as it is."""
         kind = self._norm_kinds[slot]
         return None if kind is None else read_norm(self.norms[slot], kind)
+
+    def eps(self, slot: str) -> float:
+        """That of a norm of which `norm` is not None."""
+        return read_eps(self.norms[slot], self._norm_kinds[slot])
 
     def layer_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The vectors `[D]` that multiply what the attention and the feed-forward block add; None for none."""

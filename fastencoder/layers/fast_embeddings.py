@@ -1,7 +1,8 @@
-"""Fast embeddings: on a CUDA device, the embeddings of a text model and their norm in one launch.
+"""Fast embeddings: the embeddings of a text model and their norm in one launch on a CUDA device, and in one pass of the C++
+extension on the CPU.
 
-They take and return what the model's own embeddings do, padding included. Anywhere else, and for anything unusual, the
-original forward runs.
+They take and return what the model's own embeddings do, padding included. Without the extension, and for anything unusual,
+the original forward runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from .. import kernels
 from ..eligibility import touched
 from ..families.embeddings import EmbeddingAdapter
+from ..kernels import native
 from ..kernels._dispatch import on_gpu
 from .arguments import read_arguments
 from .guards import Delegated, refuse_mode
@@ -25,7 +27,7 @@ class EmbeddingState:
     """What fast embeddings know beside their parameters: `module._fastencoder_embeddings`, outside of the state_dict.
 
     Attributes:
-        fast_calls: how many calls ran in one launch.
+        fast_calls: how many calls ran in one launch, or pass.
     """
 
     def __init__(self, adapter: EmbeddingAdapter) -> None:
@@ -59,51 +61,37 @@ class FastEmbeddings(nn.Module):
         return super().forward(*args, **kwargs)
 
     def _forward_fast(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        state, word = self._fastencoder_embeddings, self.word_embeddings
-        if not on_gpu(word.weight.device):
-            raise Delegated("one launch instead of several is worth nothing here")
+        state, parts = self._fastencoder_embeddings, self._modules  # not by attribute: nn.Module's look-up takes long
+        typed = state.adapter.has_types
+        table = _weight(parts["word_embeddings"])
+        if not on_gpu(table.device) and (table.device.type != "cpu" or native.current == 0):
+            raise Delegated("PyTorch's own operations would run, too")
         given = read_arguments(type(self).original_class, args, kwargs)
         ids, positions, types = (given.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids"))
         if any(isinstance(value, torch.Tensor) or value for value in given.values()):
             raise Delegated("other arguments are given")
         for given_ids in (ids, positions, types):
-            if given_ids is not None and not _are_ids(given_ids, word.weight):
+            if given_ids is not None and not _are_ids(given_ids, table):
                 raise Delegated("the ids are not integers [B, S] on the device of the tables")
         if ids is None or positions is not None and positions.shape[1] != ids.shape[1]:
             raise Delegated("no token ids, or positions of other tokens")
-        refuse_mode(self, word.weight)
-        self._check_parts()
+        refuse_mode(self, table)
+        norm = parts["LayerNorm"]
+        _check_parts(parts, typed)
         positions, types = self._positions_and_types(ids, positions, types)
-        typed = state.adapter.has_types
         hidden = kernels.embed_norm(
             ids.reshape(-1),
-            word.weight,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            self.LayerNorm.eps,
+            table,
+            _weight(norm),
+            norm._parameters["bias"],
+            norm.eps,
             position_ids=positions,
-            position_table=self.position_embeddings.weight,
+            position_table=_weight(parts["position_embeddings"]),
             type_ids=types,
-            type_table=self.token_type_embeddings.weight if typed else None,
+            type_table=_weight(parts["token_type_embeddings"]) if typed else None,
         )
         state.fast_calls += 1
-        return hidden.view(*ids.shape, -1)
-
-    def _check_parts(self) -> None:
-        """The parts must be those of the class, unhooked: an adapter in place of a table would be left out."""
-        tables = [self.word_embeddings, self.position_embeddings]
-        tables += [self.token_type_embeddings] if self._fastencoder_embeddings.adapter.has_types else []
-        for table in tables:
-            if type(table) is not nn.Embedding or touched(table) or table.max_norm is not None:
-                raise Delegated("a table is not a plain nn.Embedding")
-            if table.weight.dtype != self.LayerNorm.weight.dtype or table.weight.device != self.LayerNorm.weight.device:
-                raise Delegated("the tables have another dtype or device than the norm")
-        if type(self.LayerNorm) is not nn.LayerNorm or touched(self.LayerNorm):
-            raise Delegated("the norm is not a plain nn.LayerNorm")
-        if type(self.dropout) is not nn.Dropout or touched(self.dropout) or self.dropout.training:
-            raise Delegated("the dropout is hooked, or in training mode")
-        if len(self._modules) != len(tables) + 2:
-            raise Delegated("a part was added")
+        return hidden.view(*ids.shape, table.shape[1])
 
     def _positions_and_types(
         self, ids: torch.Tensor, positions: torch.Tensor | None, types: torch.Tensor | None
@@ -138,6 +126,34 @@ class FastEmbeddings(nn.Module):
                 known.clear()
             known[key] = made
         return made
+
+
+def _weight(part: nn.Module | None) -> torch.Tensor:
+    """That of a part that is one of torch's own modules."""
+    weight = None if part is None else part._parameters.get("weight")
+    if weight is None:
+        raise Delegated("a part has no weight of its own")
+    return weight
+
+
+def _check_parts(parts: dict[str, nn.Module | None], typed: bool) -> None:
+    """They must be those of the class, unhooked: an adapter in place of a table would be left out."""
+    norm, dropout = parts["LayerNorm"], parts["dropout"]
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")[: 3 if typed else 2]
+    weight = _weight(norm)
+    for name in names:
+        table = parts[name]
+        if type(table) is not nn.Embedding or touched(table) or table.max_norm is not None:
+            raise Delegated("a table is not a plain nn.Embedding")
+        own = _weight(table)
+        if own.dtype != weight.dtype or own.device != weight.device:
+            raise Delegated("the tables have another dtype or device than the norm")
+    if type(norm) is not nn.LayerNorm or touched(norm):
+        raise Delegated("the norm is not a plain nn.LayerNorm")
+    if type(dropout) is not nn.Dropout or touched(dropout) or dropout.training:
+        raise Delegated("the dropout is hooked, or in training mode")
+    if len(parts) != len(names) + 2:
+        raise Delegated("a part was added")
 
 
 def _are_ids(ids: Any, table: torch.Tensor) -> bool:

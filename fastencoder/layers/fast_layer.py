@@ -142,10 +142,7 @@ class FastLayer(nn.Module):
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
-        others = read_arguments(type(self).original_class, args, kwargs)
-        for old, new in adapter.former_names.items():
-            if old in others and new not in others:
-                others[new] = others.pop(old)
+        others = self._arguments(args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
         if adapter.extra_outputs and call is not None and call.wants_attentions:
@@ -197,7 +194,15 @@ class FastLayer(nn.Module):
         shape = (call.batch.batch, call.batch.seqlen, hidden.shape[2]) if carried else tuple(hidden.shape)
         if carried and self._fastencoder.adapter.time_major:
             shape = (shape[1], shape[0], shape[2])
-        trial.prove(self, shape, read_arguments(type(self).original_class, args, kwargs))
+        trial.prove(self, shape, self._arguments(args, kwargs))
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Everything that was given, by the names that the layer's forward has for it today."""
+        given = read_arguments(type(self).original_class, args, kwargs)
+        for old, new in self._fastencoder.adapter.former_names.items():
+            if old in given and new not in given:
+                given[new] = given.pop(old)
+        return given
 
     def _run_grid(
         self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
@@ -249,12 +254,13 @@ class FastLayer(nn.Module):
 
     def _pass_on(self, adapter: Adapter, call: StackCall) -> Any:
         """All layers have run already: the last one returns what came out, those before it a stand-in of its shape."""
-        call.carried = None
         call.advance(self)
         if call.next_layer() is None:
+            call.carried = None
             output = call.whole_output
             return _as_original(adapter, output.transpose(0, 1) if adapter.time_major else output)
-        call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
+        if call.carried is None:
+            call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
         return _as_original(adapter, call.carried)
 
     def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:

@@ -43,11 +43,7 @@ def refuse_hidden(hidden: Any, dimensions: tuple[int, ...] = (3,)) -> None:
 
 def refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
     """Raises Delegated in every mode in which a layer does more than compute."""
-    if layer.training:
-        raise Delegated("the layer is in training mode")
-    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        _warn_gradients()
-        raise Delegated("a gradient may be needed")
+    refuse_layers_mode(layer, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         raise Delegated("autocast is on")
     if torch._C._are_functorch_transforms_active():
@@ -58,6 +54,15 @@ def refuse_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
     if recorded and not recorded <= RECORDED_OUTSIDE:
         names = ", ".join(sorted(recorded - RECORDED_OUTSIDE))
         raise Delegated(f"{names} are recorded inside the layer")
+
+
+def refuse_layers_mode(layer: nn.Module, hidden: torch.Tensor) -> None:
+    """Of `refuse_mode` what may differ between layers of one call."""
+    if layer.training:
+        raise Delegated("the layer is in training mode")
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        _warn_gradients()
+        raise Delegated("a gradient may be needed")
 
 
 def refuse_arguments(others: dict[str, Any], understood: frozenset[str]) -> None:

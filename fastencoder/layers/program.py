@@ -13,6 +13,7 @@ from ..spec import LayerSpec
 from .attention import KINDS, LayerCall
 from .binding import Binding
 from .guards import Delegated
+from .native_layer import run_layers
 from .projection import Projection
 from .weights import Projections
 
@@ -33,7 +34,7 @@ def run_layer(
     spec, native = binding.spec, projections.native_layer
     working_dtype = projections.working_dtype(x.shape[0])
     if native is not None and native.runs(x, working_dtype):
-        return native(binding, batch, x.to(working_dtype)).to(x.dtype)
+        return run_layers([(binding, native)], batch, x)
     call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)

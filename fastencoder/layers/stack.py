@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -263,6 +264,7 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 
 @constant_in_graphs
+@cache
 def _parameters(owner_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(owner_class.forward).parameters)[1:]
 

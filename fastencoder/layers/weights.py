@@ -15,12 +15,14 @@ A slot that holds something else than a weight and a bias is called as it is.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .. import kernels
+from ..kernels import native
 from ..kernels._dispatch import on_gpu
 from ..kernels.linear import cpu as linear_cpu
 from ..parts import linear_at
@@ -60,6 +62,7 @@ class Projections:
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.layout in ("prepacked", "cast"):
             self._probes = [_probe(linear.weight) for linear in plain.values()]
+            self._native_probes = b"".join(_native_probe(*probe) for probe in self._probes)
         self._activation = binding.activation
         self.slots = {slot: self._projection(slot, part) for slot, part in binding.linears.items()}
         self.out = self.slots["out"]
@@ -74,7 +77,7 @@ class Projections:
         self._fingerprint = _fingerprint(binding)
         self._circumstances = _circumstances()
         self.native_layer = None
-        if self.layout == "prepacked" and self._fused_qkv:
+        if self.layout in ("prepacked", "joined") and self._fused_qkv:
             self.native_layer = native_layer(binding, self._qkv_weight, self._qkv_biases, self.slots)
 
     def _projection(self, slot: str, part: Any) -> Projection:
@@ -120,7 +123,11 @@ class Projections:
         )
 
     def _probes_hold(self) -> bool:
-        if not on_gpu(self.device) or not self._probes:
+        if not self._probes:
+            return True
+        if not on_gpu(self.device):
+            if native.current:
+                return native.library.unchanged(self._native_probes)
             return all(torch.equal(*probe) for probe in self._probes)
         live, saved = zip(*self._probes, strict=True)
         return torch.equal(torch.cat(live), torch.cat(saved))  # the host waits once
@@ -250,6 +257,12 @@ def _probe(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = max(weight.numel() // _PROBED, 1) | 1  # odd, so that it does not walk along one column
     view = weight.detach().flatten()[::step]
     return view, view.clone()
+
+
+def _native_probe(live: torch.Tensor, saved: torch.Tensor) -> bytes:
+    """`Probe` of native/kernels.h."""
+    size = live.element_size()
+    return struct.pack("5q", live.data_ptr(), saved.data_ptr(), live.numel(), live.stride(0) * size, size)
 
 
 def _fingerprint(binding: Binding) -> list[tuple[int, int, torch.dtype] | None]:

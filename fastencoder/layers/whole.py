@@ -14,7 +14,8 @@ from ..kernels.varlen_attention import query_block
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 from . import trial
-from .guards import Delegated, refuse_mode
+from .guards import Delegated, refuse_layers_mode, refuse_mode
+from .native_layer import run_layers
 from .program import run_layer
 from .stack import StackCall
 
@@ -26,18 +27,22 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
     layers have to run one by one."""
     if any(layer._fastencoder.to_prove for layer in call.schedule):
         return None
+    layers = []
+    values = batch.take(hidden)
     try:
-        parts = [layer._fastencoder.ready(layer) for layer in call.schedule]
-        for layer, (_, projections) in zip(call.schedule, parts, strict=True):
-            refuse_mode(layer, hidden)
-            if projections.native_layer is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
+        for layer in call.schedule:
+            binding, projections = layer._fastencoder.ready(layer)
+            refuse_layers_mode(layer, hidden)
+            native = projections.native_layer
+            if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
                 return None
+            if not native.runs(values, projections.working_dtype(values.shape[0])):
+                return None
+            values = values if layers else projections.entering(values)
+            layers.append((binding, native))
     except Delegated:
         return None
-    values = parts[0][1].entering(batch.take(hidden))
-    for binding, projections in parts:
-        values = run_layer(binding, projections, batch, values)
-    return batch.to_padded(values.to(hidden.dtype))
+    return batch.to_padded(run_layers(layers, batch, values).to(hidden.dtype))
 
 
 def run_whole(

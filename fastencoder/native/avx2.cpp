@@ -12,6 +12,7 @@ namespace avx2 {
 #include "vectors.inc"
 #include "activations.inc"
 #include "add_norm.inc"
+#include "embed_norm.inc"
 #include "attention.inc"
 #include "linear.inc"
 #include "layer.inc"

@@ -41,6 +41,22 @@ struct AddNorm {
     int64_t threads;
 };
 
+// embed_norm of kernels/embed_norm/__init__.py, for T rows.
+struct Table {
+    const void *values, *ids;  // [rows, D] of `dtype`; [T]
+    int64_t rows, row, wide;   // row: stride; wide: the ids are int64, otherwise int32
+};
+struct EmbedNorm {
+    Table table[3];
+    int64_t tables;
+    const void *weight, *bias;  // [D] of `vector_dtype`: float32 or `dtype`
+    void* out;                  // [T, D] of `dtype`
+    int64_t dtype, vector_dtype, rows, dim;
+    double eps;
+    int64_t threads;
+};
+enum Outcome { kDone, kNoMemory, kOutside };  // kOutside: an id is not in its table
+
 // linear of kernels/linear/__init__.py in float32, not gated. The weight is [N, K] by rows, or packed: [N / P, K, P] with
 // P = panel_width(), rows beyond N zero.
 struct Linear {
@@ -54,21 +70,27 @@ struct Linear {
     int64_t threads;
 };
 
-// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed;
-// vectors beside them are float32 or of their dtype. Null where there is none.
+// A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed, all of
+// them, or contiguous; vectors beside them are float32 or of their dtype. Null where there is none.
 struct Layer {
-    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, vector_dtype, norm_dtype, rms;
+    int64_t pre_norm, dim, heads, kv_heads, head_dim, inner, activation, weight_dtype, vector_dtype, norm_dtype, rms, packed;
     const void *qkv, *projection, *up, *down;
     const void *query_bias, *key_bias, *value_bias, *projection_bias, *up_bias, *down_bias;  // all or none of the first three
     const void *norm1, *norm1_bias, *norm2, *norm2_bias;
+    double scale, eps1, eps2;
+    const void *scale1, *scale2;  // [D] of vector_dtype
 };
 struct LayerCall {
     const float* x;
-    float* out;
+    float* out;  // may be x
     const int32_t* offsets;
     int64_t sequences, rows, threads;
-    double scale, eps1, eps2;
-    const void *scale1, *scale2;  // [D] of vector_dtype
+};
+
+// Spread elements of a tensor, and what they were.
+struct Probe {
+    const char *live, *saved;
+    int64_t count, step, size;  // step: between live elements, in bytes; size: of an element
 };
 
 // Some queries of a sequence, and the keys that some of them see; positions in the sequence.
@@ -84,15 +106,19 @@ Task* tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t 
 namespace avx512 {
 bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
+Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
+void round_to_bf16(float* x, int64_t n);
 int64_t panel_width();
 }
 namespace avx2 {
 bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
+Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
+void round_to_bf16(float* x, int64_t n);
 int64_t panel_width();
 }
 

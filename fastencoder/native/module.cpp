@@ -28,16 +28,18 @@ class Arguments {
     void address(T*& to) {
         to = reinterpret_cast<T*>(integer());
     }
-    void bytes(void* to, Py_ssize_t size) {
+    // How many structures the bytes hold; `to` points to the first, for as long as the argument is there.
+    template <class T>
+    int64_t structures(const T*& to) {
         PyObject* x = next();
         char* from;
         Py_ssize_t length;
-        if (!x || PyBytes_AsStringAndSize(x, &from, &length) != 0) return;
-        if (length == size)
-            std::memcpy(to, from, size);
-        else
-            missing_ = true;
+        if (!x || PyBytes_AsStringAndSize(x, &from, &length) != 0) return 0;
+        if (length == 0 || length % sizeof(T) != 0) missing_ = true;
+        to = reinterpret_cast<const T*>(from);
+        return length / sizeof(T);
     }
+    bool left() const { return at_ < count_ && !missing_; }
     bool ok() {
         if (!PyErr_Occurred() && (missing_ || at_ != count_)) PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
         return !PyErr_Occurred();
@@ -123,6 +125,43 @@ PyObject* add_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unlocked([&] { return (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a); });
 }
 
+// (isa, dtype, vector_dtype, rows, dim, eps, threads, weight, bias, out), then for each table its members in their order.
+PyObject* embed_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    EmbedNorm a = {};
+    int64_t isa = from.integer();
+    for (int64_t* x : {&a.dtype, &a.vector_dtype, &a.rows, &a.dim}) *x = from.integer();
+    a.eps = from.real(), a.threads = from.integer();
+    from.address(a.weight), from.address(a.bias), from.address(a.out);
+    for (; a.tables < 3 && from.left(); a.tables++) {
+        Table& table = a.table[a.tables];
+        from.address(table.values), from.address(table.ids);
+        for (int64_t* x : {&table.rows, &table.row, &table.wide}) *x = from.integer();
+    }
+    if (!from.ok()) return nullptr;
+    Outcome outcome;
+    PyObject* done = unlocked([&] {
+        outcome = (isa == kAvx512 ? avx512::embed_norm : avx2::embed_norm)(a);
+        return outcome != kNoMemory;
+    });
+    if (!done || outcome == kDone) return done;
+    Py_DECREF(done);
+    PyErr_SetString(PyExc_IndexError, "an id is outside of its table of embeddings");
+    return nullptr;
+}
+
+// (probes): whether the elements are still what they were, for the bytes of one Probe after the other.
+PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    const Probe* probe = nullptr;
+    int64_t number = from.structures(probe);
+    if (!from.ok()) return nullptr;
+    for (const Probe* end = probe + number; probe < end; probe++)
+        for (int64_t i = 0; i < probe->count; i++)
+            if (std::memcmp(probe->live + i * probe->step, probe->saved + i * probe->size, probe->size) != 0) Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
+}
+
 // (isa, x, weight, ...): the members of Linear in their order.
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
@@ -137,19 +176,25 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unlocked([&] { return (isa == kAvx512 ? avx512::linear : avx2::linear)(a); });
 }
 
-// (isa, layer, x, out, ...): the bytes of a Layer, and the members of LayerCall in their order.
-PyObject* layer(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// (isa, layers, rounded, x, out, ...): the bytes of one Layer after the other, whether the tokens are rounded to bfloat16 behind
+// each, and the members of LayerCall in their order.
+PyObject* layers(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
-    Layer layer;
     LayerCall call;
-    int64_t isa = from.integer();
-    from.bytes(&layer, sizeof layer);
+    const Layer* layers = nullptr;
+    int64_t isa = from.integer(), number = from.structures(layers), rounded = from.integer();
     from.address(call.x), from.address(call.out), from.address(call.offsets);
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
-    call.scale = from.real(), call.eps1 = from.real(), call.eps2 = from.real();
-    from.address(call.scale1), from.address(call.scale2);
     if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
-    return unlocked([&] { return (isa == kAvx512 ? avx512::layer : avx2::layer)(layer, call); });
+    auto run = isa == kAvx512 ? avx512::layer : avx2::layer;
+    auto round = isa == kAvx512 ? avx512::round_to_bf16 : avx2::round_to_bf16;
+    return unlocked([&] {
+        for (int64_t i = 0; i < number; i++, call.x = call.out) {
+            if (!run(layers[i], call)) return false;
+            if (rounded) round(call.out, call.rows * layers[i].dim);
+        }
+        return true;
+    });
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {
@@ -163,8 +208,10 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512."},
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
+    {"embed_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(embed_norm)), METH_FASTCALL, nullptr},
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unchanged)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
-    {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer)), METH_FASTCALL, nullptr},
+    {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layers)), METH_FASTCALL, nullptr},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
     {},
 };

@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_testing import IMPLEMENTATIONS, assert_within, device_of, random, rounding
+from kernel_testing import (
+    ALL_IMPLEMENTATIONS,
+    NATIVE,
+    assert_within,
+    device_of,
+    implementation,
+    random,
+    rounding,
+)
 
-from fastencoder.kernels import implementation
 from fastencoder.kernels.embed_norm import embed_norm
 
 TABLE_ROWS = {"token": 23, "position": 17, "type": 2}
@@ -57,7 +64,7 @@ def check(name, arguments, more):
     assert_within(out, expected, bound)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 @settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(0, 9),
@@ -75,7 +82,7 @@ def test_optional_tables(name, tokens, dim, dtype, ids, present):
     check(name, *arguments_of(tokens, dim, dtype, device_of(name), *present, ids=ids))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_the_sum_is_not_rounded(name):
     """In float16 2048 + x is a multiple of two: a norm of a rounded sum would be of another row."""
     arguments, more = arguments_of(9, 64, torch.float16, device_of(name))
@@ -83,7 +90,7 @@ def test_the_sum_is_not_rounded(name):
     check(name, arguments, more)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ALL_IMPLEMENTATIONS)
 def test_strided_tables_and_ids(name):
     device = device_of(name)
     (ids, table, *rest), more = arguments_of(9, 72, torch.float32, device)
@@ -123,13 +130,29 @@ def test_an_id_outside_of_its_table(which, wrong):
     assert out[3].isnan().all()
     others = [0, 1, 2, 4, 5, 6]
     assert torch.equal(out[others], expected[others])
+    with implementation("cpu"):
+        _raises(arguments, more)
+
+
+def _raises(arguments: list, more: dict[str, torch.Tensor]) -> None:
     arguments = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
-    with implementation("cpu"), pytest.raises(IndexError):
+    with pytest.raises(IndexError):
         embed_norm(*arguments, **{name: x.cpu() for name, x in more.items()})
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("which", ["token", "position", "type"])
+@pytest.mark.parametrize("wrong", [-1, "rows", 2**31 - 1, -(2**31), 2**40])
+def test_the_extension_reads_nothing_outside_of_a_table(name, which, wrong):
+    arguments, more = arguments_of(7, 24, torch.float32, "cpu")
+    ids = arguments[0] if which == "token" else more[f"{which}_ids"]
+    ids[3] = TABLE_ROWS[which] if wrong == "rows" else wrong
+    with implementation(name):
+        _raises(arguments, more)
+
+
 def test_it_is_what_bert_computes():
-    """Bit for bit in float32, by the model's own embeddings."""
+    """Bit for bit in float32, by the model's own embeddings, where PyTorch's operations run."""
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertEmbeddings
 
@@ -140,17 +163,18 @@ def test_it_is_what_bert_computes():
         module.LayerNorm.bias.normal_()
         ids, types = torch.randint(0, 50, (3, 9)), torch.randint(0, 2, (3, 9))
         expected = module(input_ids=ids, token_type_ids=types)
-        out = embed_norm(
-            ids.flatten(),
-            module.word_embeddings.weight,
-            module.LayerNorm.weight,
-            module.LayerNorm.bias,
-            module.LayerNorm.eps,
-            position_ids=torch.arange(9).repeat(3),
-            position_table=module.position_embeddings.weight,
-            type_ids=types.flatten(),
-            type_table=module.token_type_embeddings.weight,
-        )
+        with implementation("cpu"):
+            out = embed_norm(
+                ids.flatten(),
+                module.word_embeddings.weight,
+                module.LayerNorm.weight,
+                module.LayerNorm.bias,
+                module.LayerNorm.eps,
+                position_ids=torch.arange(9).repeat(3),
+                position_table=module.position_embeddings.weight,
+                type_ids=types.flatten(),
+                type_table=module.token_type_embeddings.weight,
+            )
     assert torch.equal(out.view(3, 9, 32), expected)
 
 
@@ -158,7 +182,7 @@ def test_float64_is_not_for_the_kernel():
     arguments, more = arguments_of(5, 8, torch.float64, "cpu")
     total = sum(F.embedding(more[f"{n}_ids"], more[f"{n}_table"]) for n in ("type", "position"))
     expected = F.layer_norm(total + F.embedding(*arguments[:2]), (8,), *arguments[2:])
-    for name in IMPLEMENTATIONS:
+    for name in ("reference", "cpu", "triton"):
         with implementation(name):
             torch.testing.assert_close(embed_norm(*arguments, **more), expected, rtol=1e-13, atol=1e-13)
 
