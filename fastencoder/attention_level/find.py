@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import FastLayer
+from ..namespaces import is_current
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
 from .padding import ancestors, what_reads_padding
@@ -61,7 +62,9 @@ def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, VarlenAttention):
         return True
     cls = type(module)
-    if call_site(cls) is None or "forward" in vars(module):  # accelerate, or somebody else, has put its own there
+    if call_site(cls) is None or not is_current(cls):  # of a transformers that was imported before: ours would not be found
+        return False
+    if "forward" in vars(module):  # accelerate, or somebody else, has put its own there
         return False
     config = vars(module).get("config")
     if getattr(config, "_attn_implementation", None) not in KNOWN_FUNCTIONS:

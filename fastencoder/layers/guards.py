@@ -19,6 +19,7 @@ WITHOUT_EFFECT = frozenset(
         "cu_seq_lens_q",
         "max_length_k",
         "max_length_q",
+        "num_items_in_batch",  # of the loss: transformers' Trainer gives it to models, and they hand on what they do not know
         "output_hidden_states",
         "position_ids",
         "return_dict",

@@ -13,6 +13,7 @@ from transformers import pipeline
 from fastencoder import reverse, to_fast
 
 from .. import tiny
+from ..conformance import heads
 from . import processors, real
 
 QUESTIONS = [("Who sat on the mat?", "A large cat sat on the mat, and the dog ran off."), ("Where?", "On a mat.")]
@@ -89,19 +90,7 @@ def test_a_pipeline_that_exists_already() -> None:
 
 def test_transcripts_of_clips_of_different_lengths(tmp_path) -> None:
     """The pipeline decodes every frame, those of padding too: in a padded batch they are computed as they were."""
-    config = transformers.Wav2Vec2Config(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=80,
-        conv_dim=(32, 32, 32),
-        conv_stride=(5, 2, 2),
-        conv_kernel=(10, 3, 2),
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=4,
-    )
-    model = transformers.Wav2Vec2ForCTC(config).eval()
-    tiny.sharpen(model)
+    model = heads.build(next(head for head in heads.table() if head.id == "ctc.Wav2Vec2ForCTC.Wav2Vec2EncoderLayer"))
     parts = {"feature_extractor": processors.wave_extractor(), "tokenizer": processors.ctc_tokenizer(tmp_path, 32)}
     recogniser, clips = pipeline("automatic-speech-recognition", model=model, **parts), processors.waves()
     expected = {size: recogniser(clips, batch_size=size) for size in (1, 3)}
