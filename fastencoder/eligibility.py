@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -167,7 +166,6 @@ def touched(module: nn.Module) -> bool:
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
 
 
-@cache
 def _sources(layer_class: type[nn.Module]) -> frozenset[str]:
     """Modelling files that the layer's own file takes parts from: generated files may import a sibling's modules."""
     own = namespace_of(layer_class)

@@ -1,7 +1,7 @@
 """The names of the file that a class was made in, as its own code sees them.
 
-`sys.modules` says nothing of a class whose file was imported anew since: transformers' `clear_import_cache` drops every module of
-transformers while models of the dropped classes live on.
+`sys.modules` says nothing of a class whose file was imported anew since: transformers' `clear_import_cache` drops all of its
+modules while models of the dropped classes live on.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def refuse_hidden(hidden: Any, dimensions: tuple[int, ...] = (3,)) -> None:
     """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
     if not isinstance(hidden, torch.Tensor):
         raise Delegated("the hidden states are not a tensor")
+    if hidden.is_meta:
+        raise Delegated("the hidden states are on the meta device, without values")
     if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() not in dimensions):
         raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
 

@@ -11,8 +11,14 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "a the cat dog bird sat ran flew on under over mat log tree red green blue small large and then it was not".split()
-SENTENCES = ["the cat sat on the mat", "dog", "a small red bird flew over the large tree and then it was not blue", "it ran"]
+TEXT = "a the cat dog bird sat ran flew on under over mat log tree red green blue small large and then it was not"
+WORDS = TEXT.split()
+SENTENCES = [
+    "the cat sat on the mat",
+    "dog",
+    "a small red bird flew over the large tree and then it was not blue",
+    "it ran",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

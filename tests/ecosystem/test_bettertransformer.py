@@ -1,5 +1,4 @@
-"""What optimum's BetterTransformer promised, for every encoder type that its last release took: convert, invert, save, logits and
-pipelines."""
+"""What optimum's BetterTransformer promised, for all encoders of its last release: convert, invert, save, logits, pipelines."""
 
 from __future__ import annotations
 
@@ -75,7 +74,9 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         self.named, self.task = TYPES[name]
-        self.head = next((head for head in heads.table() if self.named in (head.model, head.id.partition(".")[2])), None)
+        self.head = next(
+            (head for head in heads.table() if self.named in (head.model, head.id.partition(".")[2])), None
+        )
         self.case = self.head.case if self.head is not None else BY_ID[self.named]
         if self.head is not None:
             self.model = heads.build(self.head)
@@ -98,7 +99,9 @@ class Subject:
             torch.manual_seed(0)  # ViTMAE masks patches at random
             if self.task == "generate":
                 inputs = {name: self.batch.inputs[name] for name in ("input_ids", "attention_mask")}
-                options = {"use_cache": self.named != "ProphetNetForConditionalGeneration"}  # its cache wants more layers
+                options = {
+                    "use_cache": self.named != "ProphetNetForConditionalGeneration"
+                }  # its cache wants more layers
                 options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "num_beams": 1}
                 found = model.generate(**inputs, max_new_tokens=5, **options)
                 logits = torch.stack(found.logits)
@@ -111,7 +114,9 @@ def _run_pipeline(task: str, model: Any, folder: Path) -> Any:
     config = model.config
     if task in ("automatic-speech-recognition", "audio-classification"):
         if task == "audio-classification":
-            parts = {"feature_extractor": processors.mel_extractor(config.num_mel_bins, 2 * config.max_source_positions)}
+            parts = {
+                "feature_extractor": processors.mel_extractor(config.num_mel_bins, 2 * config.max_source_positions)
+            }
             clips = processors.waves((500, 120, 900))
         else:
             parts = {"feature_extractor": processors.wave_extractor()}
@@ -186,4 +191,6 @@ def test_contract(name: str, tmp_path: Path) -> None:
 
 def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     pairs = [(ours[key], theirs[key]) for key in theirs]
-    return ours.keys() == theirs.keys() and all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs
+    )

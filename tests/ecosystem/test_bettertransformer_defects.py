@@ -82,7 +82,9 @@ def test_padding_is_zero_only_where_nobody_reads_it() -> None:
     inputs = short_rows()
     _, fast = pair(tiny.bert())
     assert (hidden(fast, **inputs)[inputs["attention_mask"] == 0] == 0).all()
-    config = TapasConfig(vocab_size=99, max_position_embeddings=64, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 2], **tiny.SIZES)
+    config = TapasConfig(
+        vocab_size=99, max_position_embeddings=64, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 2], **tiny.SIZES
+    )
     stock, fast = pair(build(TapasForQuestionAnswering, config))
     inputs["token_type_ids"] = torch.ones(2, 10, 7, dtype=torch.long)
     assert torch.equal(hidden(fast, **inputs), hidden(stock, **inputs))
@@ -125,7 +127,9 @@ def test_a_decoder_is_refused() -> None:
 
 def test_albert_takes_padding() -> None:
     """RuntimeError: "Mask size should match input size"."""
-    config = AlbertConfig(vocab_size=99, embedding_size=24, max_position_embeddings=64, num_hidden_groups=1, **tiny.SIZES)
+    config = AlbertConfig(
+        vocab_size=99, embedding_size=24, max_position_embeddings=64, num_hidden_groups=1, **tiny.SIZES
+    )
     stock, fast = pair(build(AlbertModel, config))
     inputs = short_rows()
     expected, got = hidden(stock, **inputs), hidden(fast, **inputs)
@@ -291,7 +295,9 @@ def test_adapters_around_a_query_are_not_dropped() -> None:
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        stock = peft.get_peft_model(tiny.bert(), peft.LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
+        stock = peft.get_peft_model(
+            tiny.bert(), peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+        ).eval()
     stock, fast = pair(stock)
     inputs = short_rows()
     expected = hidden(stock, **inputs)

@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import BartConfig, BartModel, MBartConfig, MBartModel
 
 from fastencoder import reverse, to_fast
 
 from .. import tiny
+from ..conformance.weights import sharpen
 from . import real
 
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -86,7 +88,9 @@ def test_devices() -> None:
     assert torch.equal(hidden(model.to("cpu").cpu()), expected)
     shapes = copy.deepcopy(model).to("meta")
     with torch.inference_mode():
-        out = shapes(real.batch()["input_ids"].to("meta"))[0]  # the stock model reads its mask, which has no values there
+        out = shapes(real.batch()["input_ids"].to("meta"))[
+            0
+        ]  # the stock model reads its mask, which has no values there
     assert out.shape == expected.shape and out.device.type == "meta"
     empty = shapes.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
@@ -102,3 +106,30 @@ def test_deep_copies_go_their_own_way() -> None:
     assert hidden(twin).dtype == torch.bfloat16 and torch.equal(hidden(model), expected)
     reverse(twin)
     assert torch.equal(hidden(model), expected) and tiny.calls(model) == (18, 0)
+
+
+@pytest.mark.parametrize("build", [(BartModel, BartConfig), (MBartModel, MBartConfig)], ids=["bart", "mbart"])
+def test_fp16_overflow_is_clamped_as_in_the_original(build) -> None:
+    """BART clamps once a value is not finite, mBART always. Without the clamp infinities come out."""
+    cls, config = build
+    sizes = dict(encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2)
+    model = cls(config(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, **sizes)).get_encoder().eval()
+    sharpen(model)
+    with torch.no_grad():
+        # The last thing before the clamp: a norm in BART, the feed-forward block in mBART.
+        last = model.layers[0].final_layer_norm if cls is BartModel else model.layers[0].fc2
+        last.weight.mul_(5e4)
+    model.half()
+    inputs = tiny.ragged()
+    mask = inputs["attention_mask"].bool()
+    seen = []
+    model.layers[0].register_forward_hook(lambda _, __, out: seen.append(out[mask]))
+    with torch.inference_mode():
+        model(**inputs)
+        to_fast(model)(**inputs)
+    stock, fast = seen
+    bound = torch.finfo(torch.float16).max - 1000
+    assert (stock.abs() == bound).any() and torch.isfinite(stock).all()
+    assert torch.isfinite(fast).all() and fast.abs().max() == bound
+    assert tiny.relative_error(fast, stock) < 5e-3
+    assert tiny.calls(model) == (1, 0)

@@ -30,11 +30,21 @@ SEQ2SEQ = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-T5 = {"vocab_size": 60, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 60,
+    "d_model": 48,
+    "d_kv": 16,
+    "d_ff": 80,
+    "num_layers": 2,
+    "num_heads": 3,
+    "decoder_start_token_id": 0,
+}
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 20}
 WHISPER |= {"suppress_tokens": None, "begin_suppress_tokens": None}
 MODELS: dict[str, Any] = {
-    "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ, max_position_embeddings=40)),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**SEQ2SEQ, max_position_embeddings=40)
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "t5, gated": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
@@ -92,6 +102,8 @@ def test_encoder_outputs_that_are_given(name: str) -> None:
     with torch.inference_mode():
         encoded = fast.get_encoder()(**inputs)
     expected = generate(stock, inputs, do_sample=False).sequences
-    got = generate(fast, {"attention_mask": inputs["attention_mask"]}, encoder_outputs=encoded, do_sample=False).sequences
+    got = generate(
+        fast, {"attention_mask": inputs["attention_mask"]}, encoder_outputs=encoded, do_sample=False
+    ).sequences
     assert torch.equal(got, expected)
     assert tiny.calls(fast) == (2, 0)

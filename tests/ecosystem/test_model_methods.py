@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,32 @@ def test_gradient_checkpointing_is_switched_on_and_off() -> None:
     assert tiny.calls(model)[0] == 12 and not model.is_gradient_checkpointing
 
 
+def test_layers_are_recomputed_under_gradient_checkpointing() -> None:
+    """Gradients are the stock model's, and the layers are still recomputed in the backward pass."""
+    stock, inputs = tiny.bert(), tiny.ragged()
+    fast = to_fast(copy.deepcopy(stock))
+    runs = {}
+    for name, model in (("stock", stock), ("fast", fast)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        count: list[int] = []
+        hook = partial(_count, count)
+        handles = [layer.intermediate.register_forward_hook(hook) for layer in model.encoder.layer]
+        torch.manual_seed(0)
+        model(**inputs).last_hidden_state.square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        runs[name] = (len(count), [p.grad for p in model.encoder.parameters()])
+    assert runs["stock"][0] == runs["fast"][0] == 6
+    assert all(torch.equal(a, b) for a, b in zip(runs["stock"][1], runs["fast"][1], strict=True))
+
+
+def _count(calls: list[int], *_: object) -> None:
+    calls.append(1)
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(real.TEXTS)
@@ -142,7 +169,9 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> transformers.Trai
     options = {"report_to": [], "use_cpu": True, "per_device_eval_batch_size": 4, "disable_tqdm": True, **options}
     arguments = transformers.TrainingArguments(output_dir=str(folder), **options)
     collator = transformers.DataCollatorWithPadding(real.tokenizer())
-    return transformers.Trainer(model=model, args=arguments, data_collator=collator, eval_dataset=Rows(), train_dataset=Rows())
+    return transformers.Trainer(
+        model=model, args=arguments, data_collator=collator, eval_dataset=Rows(), train_dataset=Rows()
+    )
 
 
 def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:
@@ -161,7 +190,13 @@ def test_trainer_trains_a_fast_model_as_it_was(tmp_path: Path) -> None:
     models, losses = [real.model("AutoModelForSequenceClassification", labels=3) for _ in range(2)], []
     to_fast(models[1])
     for each in models:
-        options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_strategy": "no", "seed": 3}
+        options = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "seed": 3,
+        }
         trained = trainer(each, tmp_path, **options)
         before = trained.evaluate()["eval_loss"]
         trained.train()

@@ -22,7 +22,11 @@ ANSWERS = {  # task -> (head, texts, arguments of the call)
     "fill-mask": ("AutoModelForMaskedLM", ["short [MASK]", "a [MASK] of a few more words than the others have"], {}),
     "text-classification": ("AutoModelForSequenceClassification", real.TEXTS, {"top_k": None}),
     "token-classification": ("AutoModelForTokenClassification", [text for text in real.TEXTS if text], {}),
-    "zero-shot-classification": ("AutoModelForSequenceClassification", real.TEXTS[1:2] * 3, {"candidate_labels": LABELS}),
+    "zero-shot-classification": (
+        "AutoModelForSequenceClassification",
+        real.TEXTS[1:2] * 3,
+        {"candidate_labels": LABELS},
+    ),
 }
 
 
@@ -63,14 +67,19 @@ def test_features_of_real_tokens() -> None:
 
 def test_spans_of_answers() -> None:
     """transformers 5 has no pipeline for them: logits over question and context, and the best span."""
-    stock, inputs = real.model("AutoModelForQuestionAnswering"), real.tokenizer()(QUESTIONS, padding=True, return_tensors="pt")
+    stock, inputs = (
+        real.model("AutoModelForQuestionAnswering"),
+        real.tokenizer()(QUESTIONS, padding=True, return_tensors="pt"),
+    )
     answers = []
     for model in (stock, to_fast(real.model("AutoModelForQuestionAnswering"))):
         with torch.inference_mode():
             output = model(**inputs)
         context = torch.tensor([[part == 1 for part in inputs.sequence_ids(row)] for row in range(2)])
         starts, ends = (logits.masked_fill(~context, -torch.inf) for logits in (output.start_logits, output.end_logits))
-        scores = (starts[:, :, None] + ends[:, None, :]).masked_fill(~torch.ones(starts.shape[1:] * 2).triu().bool(), -torch.inf)
+        scores = (starts[:, :, None] + ends[:, None, :]).masked_fill(
+            ~torch.ones(starts.shape[1:] * 2).triu().bool(), -torch.inf
+        )
         answers.append((scores[scores.isfinite()], scores.flatten(1).argmax(1)))
     assert torch.equal(answers[1][1], answers[0][1])
     assert tiny.relative_error(answers[1][0], answers[0][0]) < 1e-5
@@ -79,7 +88,9 @@ def test_spans_of_answers() -> None:
 
 def test_a_pipeline_that_exists_already() -> None:
     """Conversion is in place, so a server's pipeline becomes fast, and stock again, while it is there."""
-    served = pipeline("text-classification", model=real.model("AutoModelForSequenceClassification"), tokenizer=real.tokenizer())
+    served = pipeline(
+        "text-classification", model=real.model("AutoModelForSequenceClassification"), tokenizer=real.tokenizer()
+    )
     expected = served(real.TEXTS, batch_size=4, top_k=None)
     to_fast(served.model)
     assert processors.difference(served(real.TEXTS, batch_size=4, top_k=None), expected) < 1e-4

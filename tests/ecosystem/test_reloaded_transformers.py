@@ -95,5 +95,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_conversion_after_a_reload(name: str) -> None:
-    program = subprocess.run([sys.executable, "-c", PREPARE + PROGRAMS[name]], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    program = subprocess.run(
+        [sys.executable, "-c", PREPARE + PROGRAMS[name]], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
     assert program.returncode == 0, program.stderr[-3000:]

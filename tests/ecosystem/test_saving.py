@@ -36,7 +36,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20MB"}, {"variant": "eight"}], ids=["whole", "shards", "variant"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_size": "20MB"}, {"variant": "eight"}], ids=["whole", "shards", "variant"]
+)
 @pytest.mark.parametrize("memory", ["default", "lean"])
 def test_saved_while_fast_is_what_the_stock_model_saves(tmp_path: Path, options: dict[str, Any], memory: Any) -> None:
     stock = real.model()
@@ -54,7 +56,10 @@ def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Everything up to the upload: the files of the stock model."""
     card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
     monkeypatch.setattr(
-        hub, "hf_api", lambda: SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name)), raising=True
+        hub,
+        "hf_api",
+        lambda: SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name)),
+        raising=True,
     )
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
     pushed: list[dict[str, bytes]] = []
@@ -70,7 +75,7 @@ def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("memory", ["default", "lean"])
 def test_safetensors_of_a_fast_model(tmp_path: Path, memory: Any) -> None:
-    """In a lean model queries, keys and values share one storage. Savers take that for one tied weight, and drop two of them."""
+    """In a lean model queries, keys and values share one storage. Savers take that for a tied weight, and drop two."""
     stock, model = real.model(), to_fast(real.model(), memory=memory)
     hidden(model)
     save_file(model.state_dict(), tmp_path / "state")
@@ -129,7 +134,9 @@ def _copy_by_name(model: torch.nn.Module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", ["default", "lean"])
-@pytest.mark.parametrize("load", [_load_state_dict, _assign, _load_safetensors, _copy_by_name], ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize(
+    "load", [_load_state_dict, _assign, _load_safetensors, _copy_by_name], ids=lambda f: f.__name__[1:]
+)
 def test_new_weights_answer_at_the_next_call(load: Any, memory: Any, tmp_path: Path) -> None:
     model, mask = to_fast(real.model(), memory=memory), real.batch()["attention_mask"]
     before = hidden(model)
