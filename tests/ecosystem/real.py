@@ -35,6 +35,9 @@ def _loaded(auto: str, labels: int) -> nn.Module:
     if head is not None:
         with torch.no_grad():
             head.weight.mul_(20)  # it was drawn so small that all labels would be as likely
+    if hasattr(model, "cls"):
+        with torch.no_grad():
+            model.cls.predictions.transform.LayerNorm.weight.mul_(20)
     return model
 
 

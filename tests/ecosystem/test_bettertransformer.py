@@ -123,7 +123,8 @@ def _run_pipeline(task: str, model: Any, folder: Path) -> Any:
             parts["tokenizer"] = processors.ctc_tokenizer(folder, config.vocab_size)
             clips = processors.waves()
         pipeline = transformers.pipeline(task, model=model, **parts)
-        return [pipeline(clips, batch_size=size) for size in (3, 1)]
+        alone = model(torch.from_numpy(clips[0])[None]) if task != "audio-classification" else None
+        return [pipeline(clips, batch_size=size) for size in (3, 1)], alone and alone.logits.tolist()
     if "image" in task or "object" in task:
         size = getattr(config, "vision_config", config).image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
