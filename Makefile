@@ -43,7 +43,7 @@ PYTEST_ARGS ?=
 OLDEST ?= transformers==5.17.*
 NEWER_PYTHON ?= python3.12
 PART_OF_TESTS = -m 'not slow' tests/conformance/test_conformance.py tests/conformance/test_registry_complete.py \
-    $(foreach name,attention_level calls cli conversion ecosystem eligibility embeddings fingerprints registry trial,tests/test_$(name).py) \
+    $(foreach name,attention_level calls cli conversion eligibility embeddings fingerprints registry trial,tests/test_$(name).py) \
     $(wildcard tests/ecosystem)
 
 # Of `make gpu`: which part, and what else benchmarks/gpu.py takes.

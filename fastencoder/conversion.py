@@ -28,6 +28,7 @@ from .layers import (
     fast_class,
 )
 from .layers.settings import Memory, Settings
+from .layers.stack import watch_recording
 from .padding_readers import something_reads_padding
 from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
@@ -168,6 +169,8 @@ def _swap(
     ]
     owners = [owner for owner, _ in stacks.values() if registry.qualified_name(type(owner)) in OWNERS]
     plan += [(owner, fast_class(type(owner)), None) for owner in owners]
+    for cls in {type(layer) for _, layer in chosen}:
+        watch_recording(cls)
     for module, cls, state in plan:
         if state is not None:
             object.__setattr__(module, _STATE[type(state)], state)

@@ -289,7 +289,7 @@ def test_an_attention_function_of_somebody_is_not_bypassed() -> None:
         assert tiny.relative_error(stock(**inputs).last_hidden_state, expected) > 0.01
         fast(**inputs)
         fast.set_attn_implementation("halved")
-        assert torch.equal(fast(**inputs).last_hidden_state, expected)
+        assert tiny.relative_error(fast(**inputs).last_hidden_state, expected) < 1e-5
         fast.set_attn_implementation("sdpa")
         fast(**inputs)
     assert tiny.calls(fast) == (6, 3)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..instance_forward import change_class, is_patched
 from ..layers import FastLayer
+from ..namespaces import is_current
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
 from .padding import ancestors, what_reads_padding
@@ -62,7 +63,9 @@ def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, VarlenAttention):
         return True
     cls = type(module)
-    if call_site(cls) is None or is_patched(module):
+    if call_site(cls) is None or not is_current(cls):  # of a transformers that was imported before: ours would not be found
+        return False
+    if is_patched(module):
         return False
     config = vars(module).get("config")
     if getattr(config, "_attn_implementation", None) not in KNOWN_FUNCTIONS:

@@ -23,7 +23,7 @@ from .attention import KINDS
 from .binding import Binding
 from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
-from .joined import separate
+from .joined import apart, separate
 from .packed_input import within_sequences
 from .program import run_layer
 from .settings import DEFAULT, Settings
@@ -141,6 +141,15 @@ class FastLayer(nn.Module):
         except BaseException:  # KeyboardInterrupt too: a hook of the owner would not see it
             abandon_call(state.stack)
             raise
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
+        """The layer's own; of parameters that share one storage, each by itself."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if self._fastencoder.joined and not keep_vars and not args:
+            for name, parameter in self.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+                if name in state and parameter.untyped_storage().nbytes() > parameter.nbytes:
+                    state[name] = apart(state[name])
+        return state
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
