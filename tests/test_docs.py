@@ -15,7 +15,7 @@ import torch
 from fastencoder import registry
 
 from .docs import snippets
-from .docs.parts import folder
+from .docs.parts import folder, texts
 from .docs.shell import check_line
 
 # Blocks that no test runs, by page and reason. A new one is a decision: give the reason here as well.
@@ -31,6 +31,7 @@ TEXT = {"docs/architecture.md": 1}
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The reader's folder: a model in ./my-model and a package of its own. What a page registers or sets is undone."""
     (tmp_path / "my-model").symlink_to(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     shutil.copytree(Path(snippets.__file__).parent / "my_package", tmp_path / "my_package")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -28,7 +28,7 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
     if any(layer._fastencoder.to_prove for layer in call.schedule):
         return None
     layers = []
-    values = batch.take(hidden)
+    values = None
     try:
         for layer in call.schedule:
             binding, projections = layer._fastencoder.ready(layer)
@@ -36,6 +36,7 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
             native = projections.native_layer
             if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
                 return None
+            values = batch.take(hidden) if values is None else values
             if not native.runs(values, projections.working_dtype(values.shape[0])):
                 return None
             values = values if layers else projections.entering(values)

@@ -24,7 +24,7 @@ from fastencoder.cli import app
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # Commands that stand for themselves: they are only shown to be typed somewhere else.
-_ELSEWHERE = {"apt"}
+_ELSEWHERE = {"apt", "curl"}
 
 
 def logical_lines(source: str) -> Iterator[str]:
@@ -51,6 +51,8 @@ def check_line(line: str) -> None:
     if unknown := [name for name in environment if name not in _sources()]:
         raise ValueError(f"{line}: nothing reads {unknown}")
     known = {"make": _check_make, "pip": _check_pip, "python": _check_python, "fastencoder": _check_fastencoder}
+    if (command, *rest[:1]) == ("optimum-cli", "fastencoder"):
+        command, *rest = rest
     if command in known:
         known[command](line, rest)
     elif command not in _ELSEWHERE:

@@ -1,4 +1,5 @@
-"""Every fenced block of a page, in order, in one namespace: Python runs, shell lines run or are checked, text is text.
+"""Every fenced block of a page, in order, in one namespace: Python runs, shell lines run or are checked, text is text. Of a
+console, commands with their output, the commands are checked.
 
 A block that cannot run here carries the reason in a comment on the line before it, `<!-- not run: needs a CUDA device -->`.
 Its Python is compiled, and runs where the reason does not hold; its shell lines are checked without being run. What a block
@@ -39,6 +40,7 @@ class Done:
 
     run: int = 0
     checked: Counter[str] = field(default_factory=Counter)  # blocks that were not run, by reason
+    consoles: int = 0
     text: int = 0
 
 
@@ -66,6 +68,12 @@ def evaluate(page: Path) -> Done:
                 run_line(line)
         count(example, why)
 
+    def console(example: Example) -> None:
+        for line in example.parsed.splitlines():
+            if line.startswith("$ "):
+                check_line(line.removeprefix("$ "))
+        done.consoles += 1
+
     def text(example: Example) -> None:
         done.text += 1
 
@@ -77,7 +85,7 @@ def evaluate(page: Path) -> Done:
         else:
             done.checked[why] += 1
 
-    kinds = {"python": python, "bash": shell, "text": text}
+    kinds = {"python": python, "bash": shell, "console": console, "text": text}
     document = Sybil([CodeBlockParser(kind, evaluator) for kind, evaluator in kinds.items()]).parse(page)
     for example in document.examples():
         example.evaluate()
@@ -87,7 +95,7 @@ def evaluate(page: Path) -> Done:
 
 def _nothing_was_passed_over(document: Document, done: Done) -> None:
     kinds = Counter(match[1] for match in _FENCE.finditer(document.text))
-    if unknown := set(kinds) - {"python", "bash", "text"}:
+    if unknown := set(kinds) - {"python", "bash", "console", "text"}:
         raise ValueError(f"{document.path}: a block of language {unknown} is none that is tested")
-    if kinds.total() != done.run + done.checked.total() + done.text:
+    if kinds.total() != done.run + done.checked.total() + done.consoles + done.text:
         raise ValueError(f"{document.path}: {kinds} blocks, and only {done} were evaluated")

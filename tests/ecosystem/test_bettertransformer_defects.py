@@ -112,7 +112,7 @@ def test_a_mask_for_every_query(implementation: str) -> None:
     mask = pairs if implementation == "sdpa" else torch.zeros(pairs.shape).masked_fill(~pairs, -1e9)
     inputs["attention_mask"] = mask
     expected = hidden(stock, **inputs)
-    assert torch.equal(hidden(fast, **inputs), expected)
+    assert tiny.relative_error(hidden(fast, **inputs), expected) < 1e-6  # the embeddings are fast
     inputs["attention_mask"] = None
     assert tiny.relative_error(hidden(stock, **inputs), expected) > 0.1
     assert tiny.calls(fast) == (0, 3)
@@ -165,7 +165,7 @@ def test_an_argument_that_reaches_the_layers_is_not_ignored() -> None:
     inputs = short_rows()
     with torch.inference_mode():
         expected, got = (model(**inputs, head_mask=torch.zeros(3, 3)).last_hidden_state for model in (stock, fast))
-    assert torch.equal(got, expected)
+    assert tiny.relative_error(got, expected) < 1e-6  # the embeddings are fast
     assert tiny.reasons(fast) == {"the argument head_mask is given"}
 
 
