@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import FastLayer
+from ..layers.traffic import Traffic
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
 from .padding import ancestors, what_reads_padding
@@ -31,10 +32,10 @@ class AttentionSite:
     owner: str
     padding_is_read: str | None
 
-    def convert(self) -> None:
+    def convert(self, traffic: Traffic) -> None:
         """Changes the class of the module."""
         varlen = varlen_class(type(self.module))
-        object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read))
+        object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read, traffic))
         self.module.__class__ = varlen
 
 
