@@ -13,6 +13,7 @@
 # make bench   fastencoder beside ONNX Runtime, OpenVINO, CTranslate2, torch.compile and others on this CPU.
 #              BENCH_ARGS='--quick' ends within ten minutes; BENCH_ARGS='--models minilm --workloads W1,W4 --dtypes fp32'
 # make bench-scaling  how time and memory grow with padding, batch, length and threads
+# make bench-encode   SentenceTransformer.encode beside sentence-transformers' own backends
 # make clean   remove .venv and everything that was generated
 #
 # Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
@@ -42,14 +43,14 @@ PYTEST_ARGS ?=
 OLDEST ?= transformers==5.17.*
 NEWER_PYTHON ?= python3.12
 PART_OF_TESTS = -m 'not slow' tests/conformance/test_conformance.py tests/conformance/test_registry_complete.py \
-    $(foreach name,attention_level calls cli conversion ecosystem eligibility embeddings fingerprints registry trial,tests/test_$(name).py) \
+    $(foreach name,attention_level calls cli conversion eligibility embeddings fingerprints registry trial,tests/test_$(name).py) \
     $(wildcard tests/ecosystem)
 
 # Of `make gpu`: which part, and what else benchmarks/gpu.py takes.
 PART ?= all
 GPU_ARGS ?=
 
-# Of `make bench` and `make bench-scaling`: what `python -m benchmarks.cpu run --help` (or scaling) lists.
+# Of `make bench`, `make bench-scaling` and `make bench-encode`: what `python -m benchmarks.cpu run --help` (or scaling, encode) lists.
 BENCH_ARGS ?=
 
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
@@ -69,7 +70,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
 .PHONY: help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
-.PHONY: bench-setup bench bench-scaling clean
+.PHONY: bench-setup bench bench-scaling bench-encode clean
 .DEFAULT_GOAL := help
 
 help:
@@ -175,6 +176,9 @@ bench: $(VENV)/.bench
 
 bench-scaling: $(VENV)/.bench
 	@$(RUN) $(BIN)/python -m benchmarks.cpu scaling $(BENCH_ARGS)
+
+bench-encode: $(VENV)/.bench
+	@$(RUN) $(BIN)/python -m benchmarks.cpu encode $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newer site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png

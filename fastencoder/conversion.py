@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import fingerprints, registry
+from . import fingerprints, registry, sentence_packing
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
+from .instance_forward import change_class, is_patched
 from .layers import (
     OWNERS,
     EmbeddingState,
@@ -27,6 +28,7 @@ from .layers import (
     fast_class,
 )
 from .layers.settings import Memory, Settings
+from .layers.stack import watch_recording
 from .layers.traffic import BusyError, Lock, Traffic, others_run
 from .padding_readers import something_reads_padding
 from .report import Report, check_is_module, layer_around, survey
@@ -145,6 +147,7 @@ def _convert(model: nn.Module, strict: bool, cuda_graphs: bool, settings: Settin
     try:
         _swap(model, chosen, known, cuda_graphs, settings, traffic)
         _swap_attention(model, sites, traffic)
+        sentence_packing.install(model)
     except BaseException:  # KeyboardInterrupt too: everything or nothing
         _restore(model)
         raise
@@ -188,10 +191,12 @@ def _swap(
     ]
     owners = [owner for owner, _ in stacks.values() if registry.qualified_name(type(owner)) in OWNERS]
     plan += [(owner, fast_class(type(owner)), None) for owner in owners]
+    for cls in {type(layer) for _, layer in chosen}:
+        watch_recording(cls)
     for module, cls, state in plan:
         if state is not None:
             object.__setattr__(module, _STATE[type(state)], state)
-        module.__class__ = cls
+        change_class(module, cls)
     for owner, stack in stacks.values():
         stack.install(owner, model)
 
@@ -230,7 +235,7 @@ def _make_stack(
     traffic: Traffic,
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
-    own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
+    own_loop = type(owner).__module__ == layer_class.__module__ and not is_patched(owner)
     adapter = known.adapter
     works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
     own_loop &= not ((adapter.keeps_hidden_states and reader is None) or works_between)
@@ -241,7 +246,7 @@ def _make_stack(
 def _is_reader(module: nn.Module, layer_class: type, adapter: Adapter) -> bool:
     """Whether a module, the parent of layers' owner, is the one reader of what the owner's loop keeps."""
     cls = type(module)
-    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and "forward" not in vars(module)
+    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and not is_patched(module)
 
 
 def reverse(model: Model) -> Model:
@@ -278,11 +283,12 @@ def _traffic_of(model: nn.Module) -> list[Traffic]:
 
 def _restore(model: nn.Module) -> None:
     """Takes a conversion back, also one that was not finished. Changes no tensor."""
+    sentence_packing.remove(model)
     for module in model.modules():
         Stack.remove(module)
         Window.remove(module)
         if isinstance(module, FastLayer | FastEmbeddings | FastOwner | VarlenAttention):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
         for name in _STATES:
             vars(module).pop(name, None)
 
