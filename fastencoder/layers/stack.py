@@ -163,7 +163,9 @@ class Stack:
             (owner._forward_hooks, (owner._forward_hooks_with_kwargs, owner._forward_hooks_always_called)),
         ):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
-                del hooks[key]
+                stack = hooks.pop(key).stack
+                abandon_call(stack)  # one that no hook has closed
+                _local.read.pop(id(stack), None)
                 for companion in companions:
                     companion.pop(key, None)
 

@@ -126,7 +126,9 @@ class Traffic:
 
     def _others(self) -> bool:
         me = threading.get_ident()
-        return any(self._executes(thread) for thread in list(self._running) if thread != me and thread not in self._waiting)
+        return any(
+            self._executes(thread) for thread in list(self._running) if thread != me and thread not in self._waiting
+        )
 
     def _executes(self, thread: int) -> bool:
         frames = [frame for frame in self._running.get(thread, ()) if is_executing(frame)]
