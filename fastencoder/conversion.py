@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import fingerprints, registry, sentence_packing
+from . import fingerprints, registry, sentence_packing, versions
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
 from .instance_forward import change_class, is_patched
@@ -109,6 +109,7 @@ def to_fast(
         TypeError: `model` is not a module.
     """
     settings = Settings(compute_dtype, memory)
+    versions.warn_once()
     with _conversions:
         _convert(model, strict, cuda_graphs, settings)
     return model
