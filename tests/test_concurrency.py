@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ from torch import nn
 from fastencoder import AlreadyFastError, BusyError, NotFastError, fast, is_fast, reverse, to_fast
 from fastencoder.layers.fast_layer import FastLayer
 from fastencoder.layers.stack import _local as windows
+from fastencoder.layers.traffic import Traffic
 from fastencoder.layers.weights import Projections
 
 from . import tiny
@@ -92,11 +94,48 @@ def test_weights_are_prepared_by_one_thread(monkeypatch) -> None:
 
     def count(self: Projections, *given: object) -> None:
         made.append(threading.get_ident())
+        time.sleep(0.02)  # another thread would come in here
         original(self, *given)
 
     monkeypatch.setattr(Projections, "__init__", count)
     together(lambda index: run(model, index))
     assert len(made) == len(model.encoder.layer)
+
+
+def test_weights_are_prepared_while_nobody_else_computes() -> None:
+    """One thread is in the middle of a forward, two in theirs want to be alone: they wait for it, and for one another."""
+    traffic, inside, computing = Traffic(), [], threading.Event()
+    go_on, asked = threading.Event(), threading.Barrier(3)
+
+    def compute() -> None:
+        frame = sys._getframe()
+        traffic.enter(frame)
+        computing.set()
+        assert go_on.wait(WAIT)
+        inside.append("computed")
+        traffic.leave(frame)
+
+    def prepare() -> None:
+        frame = sys._getframe()
+        traffic.enter(frame)
+        asked.wait(WAIT)
+        with traffic.alone(), traffic.alone():
+            inside.append("begins")
+            time.sleep(0.05)  # the other one would come in here
+            inside.append("ends")
+        traffic.leave(frame)
+
+    threads = [threading.Thread(target=work) for work in (compute, prepare, prepare)]
+    for thread in threads:
+        thread.start()
+        assert computing.wait(WAIT)
+    asked.wait(WAIT)
+    threads[1].join(0.3)
+    assert not inside
+    go_on.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert inside == ["computed", *("begins", "ends") * 2]
 
 
 def test_several_models_in_one_process() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +139,21 @@ def test_a_launch_failure(as_on_cuda, operation: str) -> None:
         answer(model)
     assert before > 1 and len(as_on_cuda[operation]) == before + 1
     assert_as_new(model)
+
+
+def test_a_kernel_that_fails_in_several_threads_at_once() -> None:
+    dispatcher, all_inside = _dispatch.Dispatcher("fastencoder.kernels.add_norm", "add_norm"), threading.Barrier(4)
+
+    def broken(*_: object) -> None:
+        all_inside.wait(60)
+        raise _OutOfResources("out of resource: shared memory")
+
+    dispatcher._loaded["triton_kernel"] = broken
+    x = torch.randn(3, 8)
+    expected = torch.nn.functional.layer_norm(x, (8,))
+    with kernels.implementation("cuda"), said_once("'add_norm' cannot run here"), ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: dispatcher(x, None, torch.ones(8), torch.zeros(8), 1e-5, None), range(4)):
+            torch.testing.assert_close(result[0], expected)
 
 
 def test_out_of_memory_on_a_gpu_in_the_middle_of_a_forward(as_on_cuda) -> None:
