@@ -5,6 +5,10 @@
 # make lint    ruff and types only
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
 # make fingerprints  which layer classes changed in the installed transformers, against the tested versions
+# make drift   the newest transformers, torch and triton: which layer classes changed, which conformance rows fail (.venv-drift).
+#              DRIFT_ARGS='--here' examines .venv as it is
+# make audit   asks pip-audit about every version in requirements.lock; says so where its database cannot be reached
+# make lock    requirements.lock anew: every dependency pinned, with hashes
 # make docs    the documentation site in site/; make docs-serve shows it at 127.0.0.1:8000 and follows changes
 # make models   docs/models.md anew: every model type of the installed transformers is built and asked (some minutes)
 # make gpu     the examination on a CUDA machine, under ten minutes, goes on where it was stopped; uses that machine's own
@@ -53,6 +57,9 @@ GPU_ARGS ?=
 # Of `make bench`, `make bench-scaling` and `make bench-encode`: what `python -m benchmarks.cpu run --help` (or scaling, encode) lists.
 BENCH_ARGS ?=
 
+# Of `make drift`: what `python -m tools.drift --help` lists.
+DRIFT_ARGS ?=
+
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
 KERNELS_ARGS ?=
@@ -69,7 +76,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
+.PHONY: drift audit lock help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
 .PHONY: bench-setup bench bench-scaling bench-encode clean
 .DEFAULT_GOAL := help
 
@@ -152,6 +159,21 @@ kernels: $(VENV)/.test $(VENV)/triton-$(OTHER_TRITON)
 fingerprints: $(VENV)/.test
 	$(RUN) $(BIN)/python -m fastencoder.fingerprints check
 
+drift: $(VENV)/.test
+	@$(RUN) $(BIN)/python -m tools.drift $(DRIFT_ARGS)
+
+audit: $(VENV)/.test
+	@$(PIP) 'pip-audit>=2.10'
+	@$(BIN)/python -m tools.audit
+
+# The comment at its top stays.
+lock: $(VENV)/.test
+	@$(PIP) 'pip-tools>=7.6'
+	@sed -n '/^#/!q; p' requirements.lock > requirements.lock.new
+	@echo '$(TORCH)' | $(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --constraint - --output-file .lock.tmp pyproject.toml
+	@cat .lock.tmp >> requirements.lock.new && rm .lock.tmp && mv requirements.lock.new requirements.lock
+
 docs: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict
 
@@ -181,5 +203,5 @@ bench-encode: $(VENV)/.bench
 	@$(RUN) $(BIN)/python -m benchmarks.cpu encode $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newer site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png
+	rm -rf $(VENV) .venv-oldest .venv-newer .venv-drift site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png
 	find fastencoder tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -7,13 +7,13 @@ object's identity do not change, so saving is right even while a model is fast, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from . import fingerprints, registry, sentence_packing
+from . import fingerprints, registry, sentence_packing, versions
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
 from .instance_forward import change_class, is_patched
@@ -29,6 +29,7 @@ from .layers import (
 )
 from .layers.settings import Memory, Settings
 from .layers.stack import watch_recording
+from .layers.traffic import BusyError, Lock, Traffic, others_run
 from .padding_readers import something_reads_padding
 from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
@@ -38,10 +39,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Where a module keeps what it knows beside its parameters.
 _STATE = {LayerState: "_fastencoder", EmbeddingState: "_fastencoder_embeddings"}
+_STATES = (*_STATE.values(), "_fastencoder_attention")
 # What may mix neighbouring positions, padding among them.
 _MIX_POSITIONS = (nn.modules.conv._ConvNd, nn.RNNBase)
 # What holds the layers that a module calls one after the other.
 _LISTS = (nn.ModuleList, nn.Sequential)
+
+_conversions = Lock()  # one at a time in a process
 
 
 class NotEligibleError(ValueError):
@@ -99,11 +103,19 @@ def to_fast(
         NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was. A layer that
             cannot compute in `compute_dtype` is refused: one whose attention alone would be fast, one with an opaque part (a
             LoRA adapter, say), and any that would need a copy of its weights with `memory="lean"`.
-        AlreadyFastError: the model is fast already, whatever it was converted with.
+        AlreadyFastError: the model is fast already, whatever it was converted with (by another thread at this moment, say).
+        BusyError: another thread calls the model, or a part of it. Any other error as well leaves the model as it was.
         ValueError: `compute_dtype` or `memory` is none of the values above.
         TypeError: `model` is not a module.
     """
     settings = Settings(compute_dtype, memory)
+    versions.warn_once()
+    with _conversions:
+        _convert(model, strict, cuda_graphs, settings)
+    return model
+
+
+def _convert(model: nn.Module, strict: bool, cuda_graphs: bool, settings: Settings) -> None:
     if is_fast(model):
         raise AlreadyFastError(
             f"{type(model).__name__} is fast already; call reverse(model) first to convert it anew, also with other settings."
@@ -128,10 +140,18 @@ def to_fast(
             "Nothing was changed. `fastencoder models` lists what is supported.",
             report,
         )
-    _swap(model, chosen, known, cuda_graphs, settings)
-    _swap_attention(model, sites)
-    sentence_packing.install(model)
-    return model
+    if others_run(model):
+        raise BusyError(
+            f"another thread calls {type(model).__name__} now: nothing was changed. Convert a model before it is served."
+        )
+    traffic = Traffic()
+    try:
+        _swap(model, chosen, known, cuda_graphs, settings, traffic)
+        _swap_attention(model, sites, traffic)
+        sentence_packing.install(model)
+    except BaseException:  # KeyboardInterrupt too: everything or nothing
+        _restore(model)
+        raise
 
 
 def _swap(
@@ -140,8 +160,9 @@ def _swap(
     known_layers: dict[str, fingerprints.Known],
     cuda_graphs: bool,
     settings: Settings,
+    traffic: Traffic,
 ) -> None:
-    """Everything that can fail comes before the first change."""
+    """Everything that is looked up comes before the first change."""
     modules = dict(model.named_modules())
     stacks: dict[tuple[str, str], tuple[nn.Module, Stack]] = {}
     plan: list[tuple[nn.Module, type, LayerState | EmbeddingState | None]] = []
@@ -154,18 +175,20 @@ def _swap(
             owner = modules[place[0]]
             reader = place[0].rpartition(".")[0]
             may_read = bool(place[0]) and _is_reader(modules[reader], type(layer), adapter)
-            stack = _make_stack(owner, place[1], type(layer), known, graphs, reader if may_read else None)
+            stack = _make_stack(owner, place[1], type(layer), known, graphs, reader if may_read else None, traffic)
             stacks[place] = (owner, stack)
         own_stack = stacks[place][1] if place is not None else None
         padding_is_read = something_reads_padding(name, modules, adapter)
         if known.like is not None and not (adapter.padding_is_read or adapter.padding_readers or padding_is_read):
             # Nobody has looked at the code around these layers.
             padding_is_read = any(isinstance(module, _MIX_POSITIONS) for module in modules.values())
-        layer_state = LayerState(adapter, own_stack, padding_is_read, known.unproven, settings)
+        layer_state = LayerState(adapter, own_stack, padding_is_read, known.unproven, settings, traffic)
         plan.append((layer, fast_class(type(layer)), layer_state))
     embeddings = [(module, EMBEDDINGS.get(registry.qualified_name(type(module)))) for module in modules.values()]
     plan += [
-        (module, fast_class(type(module)), EmbeddingState(adapter)) for module, adapter in embeddings if adapter is not None
+        (module, fast_class(type(module)), EmbeddingState(adapter, traffic))
+        for module, adapter in embeddings
+        if adapter is not None
     ]
     owners = [owner for owner, _ in stacks.values() if registry.qualified_name(type(owner)) in OWNERS]
     plan += [(owner, fast_class(type(owner)), None) for owner in owners]
@@ -179,11 +202,11 @@ def _swap(
         stack.install(owner, model)
 
 
-def _swap_attention(model: nn.Module, sites: list[AttentionSite]) -> None:
+def _swap_attention(model: nn.Module, sites: list[AttentionSite], traffic: Traffic) -> None:
     for site in sites:
-        site.convert()
+        site.convert(traffic)
     for owner in dict.fromkeys(site.owner for site in sites):
-        Window.install(model.get_submodule(owner))
+        Window.install(model.get_submodule(owner), traffic)
 
 
 def _find_stack(modules: dict[str, nn.Module], name: str, adapter: Adapter) -> tuple[str, str] | None:
@@ -210,6 +233,7 @@ def _make_stack(
     known: fingerprints.Known,
     graphs: GraphRunner | None,
     reader: str | None,
+    traffic: Traffic,
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
     own_loop = type(owner).__module__ == layer_class.__module__ and not is_patched(owner)
@@ -217,7 +241,7 @@ def _make_stack(
     works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
     own_loop &= not ((adapter.keeps_hidden_states and reader is None) or works_between)
     may_carry = own_loop and fingerprints.has_known_loop(type(owner), known)
-    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs, reader)
+    return Stack(registry.qualified_name(type(owner)), path, adapter.schedule, may_carry, graphs, reader, traffic)
 
 
 def _is_reader(module: nn.Module, layer_class: type, adapter: Adapter) -> bool:
@@ -234,29 +258,40 @@ def reverse(model: Model) -> Model:
 
     Raises:
         NotFastError: nothing in the model is fast.
+        BusyError: a forward of the model runs, in this thread or another; the model is as fast as before.
         TypeError: `model` is not a module.
     """
-    if not is_fast(model):
-        raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
-    layers = fast_layers(model)
+    with _conversions, ExitStack() as stopped:
+        if not is_fast(model):
+            raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
+        for traffic in _traffic_of(model):
+            stopped.enter_context(traffic.stopped())
+        for layer in fast_layers(model):  # where there is no memory for it, the model stays fast
+            layer._fastencoder.release(layer)
+        try:
+            _restore(model)
+        except BaseException:  # KeyboardInterrupt: all the way or not at all
+            _restore(model)
+            raise
+    return model
+
+
+def _traffic_of(model: nn.Module) -> list[Traffic]:
+    """Of every conversion that a part of the model went through."""
+    states = [vars(module).get(name) for module in model.modules() for name in _STATES]
+    return list(dict.fromkeys(state.traffic for state in states if state is not None))
+
+
+def _restore(model: nn.Module) -> None:
+    """Takes a conversion back, also one that was not finished. Changes no tensor."""
     sentence_packing.remove(model)
     for module in model.modules():
         Stack.remove(module)
         Window.remove(module)
-        if isinstance(module, VarlenAttention):
+        if isinstance(module, FastLayer | FastEmbeddings | FastOwner | VarlenAttention):
             change_class(module, module.original_class)
-            del module._fastencoder_attention
-    for layer in layers:
-        layer._fastencoder.release(layer)
-        change_class(layer, layer.original_class)
-        del layer._fastencoder
-    for module in model.modules():
-        if isinstance(module, FastEmbeddings):
-            change_class(module, module.original_class)
-            del module._fastencoder_embeddings
-        elif isinstance(module, FastOwner):
-            change_class(module, module.original_class)
-    return model
+        for name in _STATES:
+            vars(module).pop(name, None)
 
 
 def is_fast(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from .layers import FastLayer, LayerState, trial
 from .layers.settings import Memory, Settings, computing_dtype, fastest_dtype, plain_weights, refusal
 from .layers.weights import extra_bytes
 from .spec import LayerSpec
+from .versions import untested
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,11 +61,16 @@ class LayerRow:
 
 
 class Report:
-    """The rows of `explain`. Prints as a table, iterates as `LayerRow`s."""
+    """The rows of `explain`. Prints as a table, iterates as `LayerRow`s.
+
+    Attributes:
+        untested_versions: one line for each installed package whose version was never tested.
+    """
 
     def __init__(self, model_class: str, rows: list[LayerRow]) -> None:
         self.model_class = model_class
         self.rows = rows
+        self.untested_versions = untested()
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -141,6 +147,9 @@ class Report:
             status = f"[{colour}]{row.status}[/]"
             why = "; ".join(row.reasons + row.notes)
             table.add_row(names, class_name, row.family or "-", row.level or "-", status, why)
+        if self.untested_versions:
+            table.caption = "\n".join(f"warning: {line}" for line in self.untested_versions)
+            table.caption_justify = "left"
         return table
 
     def _runs(self) -> Iterator[tuple[str, LayerRow]]:
@@ -159,6 +168,7 @@ class Report:
             "eligible": self.eligible,
             "extra_bytes": self.extra_bytes,
             "lean_bytes": self.lean_bytes,
+            "untested_versions": list(self.untested_versions),
             "layers": [asdict(row) for row in self.rows],
         }
 

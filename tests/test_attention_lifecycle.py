@@ -17,6 +17,7 @@ from torch import nn
 import fastencoder
 from fastencoder.attention_level import NAME, VarlenAttention, Window
 from fastencoder.layers import FastLayer
+from fastencoder.layers.traffic import Traffic
 
 from . import tiny
 from .attention_cases import CASES, AttentionCase
@@ -285,7 +286,7 @@ def test_a_compiled_model_runs_the_original_attention() -> None:
 def test_the_hooks_of_a_window_leave_no_trace() -> None:
     module = nn.Linear(2, 2)
     before = {name: len(value) for name, value in vars(module).items() if isinstance(value, dict)}
-    Window.install(module)
+    Window.install(module, Traffic())
     other = copy.deepcopy(module)
     for each in (module, other):
         Window.remove(each)

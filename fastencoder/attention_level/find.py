@@ -10,6 +10,7 @@ from torch import nn
 
 from ..instance_forward import change_class, is_patched
 from ..layers import FastLayer
+from ..layers.traffic import Traffic
 from ..namespaces import is_current
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
@@ -33,10 +34,10 @@ class AttentionSite:
     owner: str
     padding_is_read: str | None
 
-    def convert(self) -> None:
+    def convert(self, traffic: Traffic) -> None:
         """Changes the class of the module."""
         varlen = varlen_class(type(self.module))
-        object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read))
+        object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read, traffic))
         change_class(self.module, varlen)
 
 

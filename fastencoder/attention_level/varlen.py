@@ -6,6 +6,7 @@ runs, `config` answers with another name for the attention function, in this thr
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..layers.arguments import read_arguments
 from ..layers.guards import Delegated, refuse_mode
+from ..layers.traffic import Traffic
 from .interface import KNOWN_FUNCTIONS, NAME, implementation_of
 from .window import abandon_windows
 
@@ -36,14 +38,16 @@ class AttentionState:
     Args:
         padding_is_read: why masked calls are passed on (something may read the positions of padding), or None if the real
             tokens of this model do not depend on them.
+        traffic: which forwards of the converted model run.
 
     Attributes:
         fast_calls, delegated_calls: how many calls ran varlen, and how many ran the function of before.
         last_reason: why the latest delegated call was.
     """
 
-    def __init__(self, padding_is_read: str | None) -> None:
+    def __init__(self, padding_is_read: str | None, traffic: Traffic | None = None) -> None:
         self.padding_is_read = padding_is_read
+        self.traffic = traffic or Traffic()
         self.fast_calls = 0
         self.delegated_calls = 0
         self.last_reason: str | None = None
@@ -54,7 +58,7 @@ class AttentionState:
         self.last_reason = reason
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"padding_is_read": self.padding_is_read}
+        return {"padding_is_read": self.padding_is_read, "traffic": self.traffic}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -101,8 +105,21 @@ class VarlenAttention(nn.Module):
         self.__dict__["config"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, "_fastencoder_attention", None)
+        if state is None:  # `reverse` ran since this method was looked up
+            return self.forward(*args, **kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
+        frame = sys._getframe()
+        state.traffic.enter(frame)
+        try:
+            if vars(self).get("_fastencoder_attention") is state:
+                return self._answer(args, kwargs)
+        finally:
+            state.traffic.leave(frame)
+        return self.forward(*args, **kwargs)
+
+    def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
             _refuse(self, args, kwargs)
         except Delegated as reason:

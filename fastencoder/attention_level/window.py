@@ -2,18 +2,21 @@
 
 A mask is known by its identity, and only while the forward that made it runs: a tensor of another forward may have the same
 address, and one that was made in inference mode can be written to without a trace. Hooks on the model that owns the attention
-modules open and close the window. Nothing here is shared between threads.
+modules open and close the window. It belongs to one thread, and to one frame: that which calls the model.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import nn
 
 from ..layers.guards import Delegated
+from ..layers.traffic import Traffic, is_executing
 from ..packing import NotAPaddingMask, PackedBatch
 
 
@@ -47,6 +50,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.windows: list[dict[int, Reading]] = []
+        self.frames: list[FrameType] = []  # one for each window
 
 
 _local = _Local()
@@ -61,6 +65,7 @@ def read_geometry(rows: torch.Tensor, mask: torch.Tensor, padding_at_end: bool =
     Raises:
         Delegated: the mask is not key padding, or padding is elsewhere.
     """
+    _drop_ended()
     window = _local.windows[-1] if _local.windows else {}
     version = None if mask.is_inference() else mask._version
     reading = window.get(id(mask))
@@ -96,16 +101,24 @@ def _is_at_end(batch: PackedBatch) -> bool:
 def abandon_windows() -> None:
     """Forgets this thread's windows: something went wrong in the middle of a forward."""
     _local.windows.clear()
+    _local.frames.clear()
+
+
+def _drop_ended() -> None:
+    """Forgets windows that no hook has closed (KeyboardInterrupt between two layers)."""
+    while _local.frames and not is_executing(_local.frames[-1]):
+        _local.frames.pop()
+        _local.windows.pop()
 
 
 class Window:
     """The hooks on a model that owns attention modules."""
 
     @staticmethod
-    def install(owner: nn.Module) -> None:
+    def install(owner: nn.Module, traffic: Traffic) -> None:
         """Hooks the owner. `remove` undoes it without trace."""
-        owner.register_forward_pre_hook(_Open())
-        owner.register_forward_hook(_Close(), always_call=True)
+        owner.register_forward_pre_hook(_Open(traffic))
+        owner.register_forward_hook(_Close(traffic), always_call=True)
 
     @staticmethod
     def remove(owner: nn.Module) -> None:
@@ -123,14 +136,29 @@ class Window:
 class _Open:
     """Forward pre-hook of the owner."""
 
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
     def __call__(self, owner: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling():
-            _local.windows.append({})
+        if torch.compiler.is_compiling():
+            return
+        frame = sys._getframe(1)
+        self.traffic.enter(frame)
+        if not any(hook is self for hook in owner._forward_pre_hooks.values()):  # `reverse` ran while this thread waited
+            self.traffic.leave(frame)
+            return
+        _drop_ended()
+        _local.windows.append({})
+        _local.frames.append(frame)
 
 
 class _Close:
     """Forward hook of the owner, called after an exception too."""
 
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
     def __call__(self, owner: nn.Module, args: tuple, output: object) -> None:
         if not torch.compiler.is_compiling() and _local.windows:
             _local.windows.pop()
+            self.traffic.leave(_local.frames.pop())

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _MOST_BYTES = 8 * 2**30  # of a model that is given memory
+# Weights in formats that can hold code, or that nothing here reads.
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 class ModelNotFound(ValueError):
@@ -27,9 +29,9 @@ class ModelNotFound(ValueError):
 def load_model(name: str, to_run: bool = False) -> tuple[PreTrainedModel, list[str]]:
     """The model that `name` means, and remarks for the user about how it was made.
 
-    A folder gives the model class that its config names, with the weights of its safetensors files. Without such files,
-    and for the name of a model type, the model has the right modules, dtypes and sizes. Its memory was never written to,
-    which is good for looking at; with `to_run` it has random weights (`checks.weights.draw`).
+    A folder gives the model class that its config names, with the weights of its safetensors files; weights of another format
+    are refused. Without any, and for the name of a model type, the model has the right modules, dtypes and sizes. Its memory
+    was never written to, which is good for looking at; with `to_run` it has random weights (`checks.weights.draw`).
 
     Raises: ModelNotFound.
     """
@@ -50,6 +52,13 @@ def _from_folder(folder: Path, to_run: bool) -> tuple[PreTrainedModel, list[str]
         inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
         hint = f"; did you mean '{inner[0]}'?" if inner else ""
         raise ModelNotFound(f"there is no config.json in '{folder}'{hint}")
+    safetensors = any(folder.glob("*.safetensors"))
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    if others and not safetensors:
+        raise ModelNotFound(
+            f"'{folder}' has its weights in {others[0]}, which is not read: such a file can run code when it is opened; "
+            "save the model as safetensors"
+        )
     notes = []
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -62,7 +71,7 @@ def _from_folder(folder: Path, to_run: bool) -> tuple[PreTrainedModel, list[str]
     model_class = getattr(transformers, name, None) if name else None
     if name and model_class is None:
         notes.append(f"transformers has no {name}; the bare model is explained")
-    if any(folder.glob("*.safetensors")):
+    if safetensors:
         try:
             net = (model_class or transformers.AutoModel).from_pretrained(
                 folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False

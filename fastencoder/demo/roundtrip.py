@@ -49,7 +49,9 @@ def check(model: PreTrainedModel, batch: Batch) -> list[Step]:
     def saved_and_reloaded() -> dict[str, torch.Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             net.save_pretrained(folder)
-            loaded = AutoModel.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+            loaded = AutoModel.from_pretrained(
+                folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
             return {key: value.clone() for key, value in loaded.state_dict().items()}
 
     fastencoder.to_fast(net)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ _TRITON_DTYPES = frozenset(
     {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32}
 )
 
+_failing = threading.Lock()
 _forced: str | None = None
 may_fall_back = True  # False in a dry run, where an error must show
 
@@ -56,13 +58,15 @@ class Dispatcher:
         except Exception as error:
             if not may_fall_back:
                 raise
-            self._triton_failed = True
-            warnings.warn(
-                f"fastencoder: the Triton kernel of '{self.name}' cannot run here ({type(error).__name__}: {error}). "
-                "The plain PyTorch implementation is used from now on: results stay right, but slower.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            with _failing:  # of several threads one says so
+                said, self._triton_failed = self._triton_failed, True
+            if not said:
+                warnings.warn(
+                    f"fastencoder: the Triton kernel of '{self.name}' cannot run here ({type(error).__name__}: {error}). "
+                    "The plain PyTorch implementation is used from now on: results stay right, but slower.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         return self._implementation("reference")(*args)
 
     def _implementation(self, module: str) -> Callable:

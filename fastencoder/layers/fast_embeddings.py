@@ -7,6 +7,7 @@ the original forward runs.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..kernels import native
 from ..kernels._dispatch import on_gpu
 from .arguments import read_arguments
 from .guards import Delegated, refuse_mode
+from .traffic import Traffic
 
 _REMEMBERED = 8  # shapes of batches whose default positions and types are kept
 
@@ -30,8 +32,9 @@ class EmbeddingState:
         fast_calls: how many calls ran in one launch, or pass.
     """
 
-    def __init__(self, adapter: EmbeddingAdapter) -> None:
+    def __init__(self, adapter: EmbeddingAdapter, traffic: Traffic | None = None) -> None:
         self.adapter = adapter
+        self.traffic = traffic or Traffic()
         self._forget()
 
     def _forget(self) -> None:
@@ -39,7 +42,7 @@ class EmbeddingState:
         self.defaults: dict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"adapter": self.adapter}
+        return {"adapter": self.adapter, "traffic": self.traffic}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -53,12 +56,22 @@ class FastEmbeddings(nn.Module):
     _fastencoder_embeddings: EmbeddingState
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            try:
-                return self._forward_fast(args, kwargs)
-            except Delegated:
-                pass
-        return super().forward(*args, **kwargs)
+        state = getattr(self, "_fastencoder_embeddings", None)
+        if state is None:  # `reverse` ran since this method was looked up
+            return self.forward(*args, **kwargs)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(*args, **kwargs)
+        frame = sys._getframe()
+        state.traffic.enter(frame)
+        try:
+            if vars(self).get("_fastencoder_embeddings") is state:
+                try:
+                    return self._forward_fast(args, kwargs)
+                except Delegated:
+                    return super().forward(*args, **kwargs)
+        finally:
+            state.traffic.leave(frame)
+        return self.forward(*args, **kwargs)
 
     def _forward_fast(self, args: tuple, kwargs: dict) -> torch.Tensor:
         state, parts = self._fastencoder_embeddings, self._modules  # not by attribute: nn.Module's look-up takes long

@@ -5,6 +5,8 @@ A call that the fused program cannot do exactly goes to the original `forward`, 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,14 +24,17 @@ from .arguments import first_parameter, read_arguments
 from .attention import KINDS
 from .binding import Binding
 from .deferred import restored
-from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
+from .guards import Delegated, is_out_of_memory, refuse_arguments, refuse_hidden, refuse_mode
 from .joined import apart, separate
 from .packed_input import within_sequences
 from .program import run_layer
 from .settings import DEFAULT, Settings
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
+from .traffic import Traffic
 from .weights import Projections, joinable
 from .whole import FEW_TOKENS, input_of, run_few, run_whole
+
+_NO_MEMORY = "there was no memory for a copy of the layer's weights"
 
 Run = Callable[[PackedBatch, torch.Tensor], torch.Tensor]  # one layer on packed tokens: [T, D] -> [T, D]
 
@@ -43,6 +48,7 @@ class LayerState:
         to_prove: the kinds of calls in which the layer has yet to agree with its own forward (`trial`); none if its source is
             that of a tested version.
         settings: in which dtype it computes, and what memory it may take.
+        traffic: which forwards of the converted model run.
     """
 
     def __init__(
@@ -52,8 +58,10 @@ class LayerState:
         padding_is_read: bool = False,
         unproven: bool = False,
         settings: Settings = DEFAULT,
+        traffic: Traffic | None = None,
     ) -> None:
         self.adapter = adapter
+        self.traffic = traffic or Traffic()
         self.settings = settings
         self.stack = stack
         self.padding_is_read = padding_is_read
@@ -67,13 +75,14 @@ class LayerState:
         self.understood = kind.reads.union(self.adapter.ignores, named)
         self.binding: Binding | None = None
         self.projections: Projections | None = None
+        self.starved = False  # there was no memory for the projections
         self.fast_calls = 0
         self.delegated_calls = 0
         self.last_reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer finds its own parts and weights.
-        kept = ("adapter", "settings", "stack", "padding_is_read", "joined", "to_prove")
+        kept = ("adapter", "settings", "stack", "traffic", "padding_is_read", "joined", "to_prove")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,18 +111,42 @@ class LayerState:
 
     def ready(self, layer: nn.Module) -> tuple[Binding, Projections]:
         """The layer's parts and weights as they are now. Raises Delegated if they are no longer eligible."""
+        if not self._is_current(layer):
+            with self.traffic.alone():  # parameters may move, and one copy of the weights is enough
+                if not self._is_current(layer):
+                    self._prepare(layer)
         binding, projections = self.binding, self.projections
-        if binding is None or not binding.holds(layer) or not (projections is None or projections.current(binding)):
-            binding = self.binding = Binding(layer, type(layer).original_class, self.adapter)
-            projections = self.projections = None
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
-        if projections is None:  # before anything else can end this call: they watch the tensors that were checked
-            projections = self.projections = Projections(binding, self.settings)
-            self.joined = self.joined or projections.layout == "joined"
+        if projections is None:
+            raise Delegated(_NO_MEMORY)
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
         return binding, projections
+
+    def _is_current(self, layer: nn.Module) -> bool:
+        """Whether parts and weights are known, and what they were when they were looked at."""
+        binding, projections = self.binding, self.projections
+        if binding is None or not binding.holds(layer):
+            return False
+        return binding.spec is None or self.starved or (projections is not None and projections.current(binding))
+
+    def _prepare(self, layer: nn.Module) -> None:
+        self.projections, self.starved = None, False
+        self.binding = Binding(layer, type(layer).original_class, self.adapter)
+        if self.binding.spec is None:
+            return
+        try:
+            self.projections = Projections(self.binding, self.settings)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.starved = self.joined = True  # `release` looks at what there is
+            if not self.traffic.announced:
+                self.traffic.announced = True
+                _warn_starved()
+            return
+        self.joined = self.joined or self.projections.layout == "joined"
 
 
 class FastLayer(nn.Module):
@@ -123,12 +156,29 @@ class FastLayer(nn.Module):
     _fastencoder: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = getattr(self, "_fastencoder", None)
+        if state is None:  # `reverse` ran since this method was looked up
+            return self.forward(*args, **kwargs)
         if torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
-        state = self._fastencoder
         call = current_call(state.stack)
         if torch.compiler.is_compiling() or (call is not None and isinstance(call.batch, traced.TracedBatch)):
             return traced.forward(self, call, args, kwargs)
+        if call is not None and call.has_ended:
+            abandon_call(state.stack)
+            call = None
+        if call is not None:  # its owner has entered
+            return self._answer(state, call, args, kwargs)
+        frame = sys._getframe()
+        state.traffic.enter(frame)
+        try:
+            if vars(self).get("_fastencoder") is state:
+                return self._answer(state, None, args, kwargs)
+        finally:
+            state.traffic.leave(frame)
+        return self.forward(*args, **kwargs)
+
+    def _answer(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         try:
             try:
                 output = self._forward_fast(state, call, args, kwargs)
@@ -400,3 +450,12 @@ def _as_original(adapter: Adapter, hidden: torch.Tensor) -> Any:
     if adapter.extra_outputs is None:
         return hidden
     return (hidden, *(None,) * adapter.extra_outputs)
+
+
+def _warn_starved() -> None:
+    warnings.warn(
+        f"fastencoder: {_NO_MEMORY}. Its original code runs from now on: results stay right, but slower. "
+        'reverse(model) and to_fast(model, memory="lean") takes no copy.',
+        RuntimeWarning,
+        stacklevel=2,
+    )

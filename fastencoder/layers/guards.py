@@ -35,6 +35,11 @@ class Delegated(Exception):
     """This call runs the original forward; the message says why."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def refuse_hidden(hidden: Any, dimensions: tuple[int, ...] = (3,)) -> None:
     """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
     if not isinstance(hidden, torch.Tensor):

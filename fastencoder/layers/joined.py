@@ -6,13 +6,14 @@ them, in whatever way, writes to the shared storage; replacing or moving them en
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-_lock = threading.Lock()
+from .traffic import Lock
+
+_lock = Lock()
 
 
 def joined(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

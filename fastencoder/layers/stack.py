@@ -2,7 +2,7 @@
 
 While the owner's forward runs, its fast layers may hand packed tokens to one another, so that padding is dropped before the
 first and put back after the last. Hooks on the owner open and close that window; outside it, every layer takes and returns
-padded hidden states. Nothing here is shared between threads.
+padded hidden states. A window belongs to one thread, and to one frame: that which calls the owner.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..eligibility import CAPTURE_MODULE
 from ..namespaces import namespace_of
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
+from .traffic import Traffic, is_executing
 
 
 @dataclass
@@ -40,6 +42,7 @@ class StackCall:
         packed: the batches that the owner packed itself, by the very offsets that it gave the layers.
         whole_input, whole_output: padded hidden states before the first and after the last layer, where all layers have run
             at once.
+        frame: that which calls the owner; None while a graph is made.
     """
 
     schedule: list[nn.Module]
@@ -53,6 +56,12 @@ class StackCall:
     packed: list[tuple[torch.Tensor, PackedBatch]] = field(default_factory=list)
     whole_input: torch.Tensor | None = None
     whole_output: torch.Tensor | None = None
+    frame: FrameType | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the owner's forward is over, although no hook said so (KeyboardInterrupt between two layers)."""
+        return self.frame is not None and not is_executing(self.frame)
 
     def known_batch(self, mask: torch.Tensor | None, batch: int, seqlen: int) -> PackedBatch | None:
         """The geometry that was read from this very mask for `[batch, seqlen]` tokens; None if none was."""
@@ -100,6 +109,7 @@ class Stack:
         graphs: where small batches run as CUDA graphs, if the user asked for it.
         reader: path from the converted model of the one module that reads what the loop keeps (`spec.Adapter.kept_for`); None
             if the owner's own argument says whether somebody reads it.
+        traffic: which forwards of the converted model run.
     """
 
     def __init__(
@@ -110,6 +120,7 @@ class Stack:
         may_carry: bool,
         graphs: GraphRunner | None = None,
         reader: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.owner_class = owner_class
         self.path = path
@@ -117,6 +128,7 @@ class Stack:
         self.may_carry = may_carry
         self.graphs = graphs
         self.reader = reader
+        self.traffic = traffic or Traffic()
 
     def layers_of(self, owner: nn.Module) -> list[nn.Module]:
         """The layers in call order, as they are now."""
@@ -151,7 +163,9 @@ class Stack:
             (owner._forward_hooks, (owner._forward_hooks_with_kwargs, owner._forward_hooks_always_called)),
         ):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
-                del hooks[key]
+                stack = hooks.pop(key).stack
+                abandon_call(stack)  # one that no hook has closed
+                _local.read.pop(id(stack), None)
                 for companion in companions:
                     companion.pop(key, None)
 
@@ -161,7 +175,8 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.calls: dict[int, list[StackCall]] = {}
-        self.read: dict[int, bool] = {}  # by stack: whether what its loop keeps is read
+        # By stack: whether what its loop keeps is read, and in which frame.
+        self.read: dict[int, tuple[bool, FrameType | None]] = {}
 
 
 _local = _Local()
@@ -177,7 +192,9 @@ def current_call(stack: Stack | None) -> StackCall | None:
 
 def abandon_call(stack: Stack | None) -> None:
     """Forgets this stack's open calls: something went wrong in the middle of one."""
-    _local.calls.pop(id(stack), None)
+    for call in _local.calls.pop(id(stack), ()):
+        if stack is not None and call.frame is not None:
+            stack.traffic.leave(call.frame)
 
 
 class _OpenStack:
@@ -191,7 +208,14 @@ class _OpenStack:
         call = StackCall(self.stack.layers_of(owner), *wanted)
         if self.stack.reader is not None:
             looked_at = any(not isinstance(hook, _CloseStack) for hook in owner._forward_hooks.values())
-            call.wants_hidden_states = looked_at or _local.read.get(id(self.stack), True)
+            call.wants_hidden_states = looked_at or _is_read(self.stack)
+        if not torch.compiler.is_compiling():
+            call.frame = sys._getframe(1)
+            if not _enter(self, owner, call.frame):
+                return
+            calls = _local.calls.get(id(self.stack))
+            if calls:
+                calls[:] = [each for each in calls if not each.has_ended]
         _local.calls.setdefault(id(self.stack), []).append(call)
 
 
@@ -206,6 +230,8 @@ class _CloseStack:
         if not calls:
             return
         call = calls.pop()
+        if call.frame is not None:
+            self.stack.traffic.leave(call.frame)
         if not calls:
             abandon_call(self.stack)
         if call.carried is not None and output is not None:
@@ -227,7 +253,9 @@ class _OpenReader:
         if asked is None:
             asked = reader.config.output_hidden_states
         repeats_layers = getattr(reader, "z_steps", 0) > 1  # DeBERTa's masked decoder, on the hidden states before the last
-        _local.read[id(self.stack)] = bool(asked) or repeats_layers
+        frame = sys._getframe(1) if not torch.compiler.is_compiling() else None
+        if frame is None or _enter(self, reader, frame):
+            _local.read[id(self.stack)] = bool(asked) or repeats_layers, frame
 
 
 class _CloseReader:
@@ -237,7 +265,24 @@ class _CloseReader:
         self.stack = stack
 
     def __call__(self, reader: nn.Module, args: tuple, output: object) -> None:
-        _local.read.pop(id(self.stack), None)
+        _, frame = _local.read.pop(id(self.stack), (True, None))
+        if frame is not None:
+            self.stack.traffic.leave(frame)
+
+
+def _is_read(stack: Stack) -> bool:
+    """Whether what the loop keeps is read, as far as this thread knows."""
+    wanted, frame = _local.read.get(id(stack), (True, None))
+    return wanted or (frame is not None and not is_executing(frame))
+
+
+def _enter(hook: _OpenStack | _OpenReader, module: nn.Module, frame: FrameType) -> bool:
+    """Begins a forward of `module`, unless `reverse` took the hook off while this thread waited for it."""
+    hook.stack.traffic.enter(frame)
+    installed = any(each is hook for each in module._forward_pre_hooks.values())
+    if not installed:
+        hook.stack.traffic.leave(frame)
+    return installed
 
 
 _HOOKS = (_OpenStack, _CloseStack, _OpenReader, _CloseReader)

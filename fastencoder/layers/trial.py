@@ -25,6 +25,7 @@ from .arguments import first_parameter
 from .deferred import Deferred, DistanceBias, PaddingMask, restored
 from .guards import WITHOUT_EFFECT, Delegated
 from .settings import DEFAULT
+from .traffic import Lock, Traffic
 
 TOLERANCE = 1e-4  # relative error of a token; fp32 rounding is a hundredth of it
 ATTEMPTS = 3  # to run a layer's own forward beside its fused form
@@ -55,6 +56,7 @@ class _SaysNothing(Exception):
 
 
 _trials: dict[tuple[type, str], Trial] = {}
+_lock = Lock()  # one thread finds out, the others wait for what it says
 
 
 def trial_of(layer: nn.Module, layer_class: type[nn.Module]) -> Trial:
@@ -74,6 +76,11 @@ def prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> No
     Raises:
         Delegated: it does not agree, or this call cannot say.
     """
+    with _lock:
+        _prove(layer, shape, given)
+
+
+def _prove(layer: nn.Module, shape: tuple[int, ...], given: dict[str, Any]) -> None:
     state = layer._fastencoder
     mask = given.get(state.adapter.mask)
     kind = UNMASKED if mask is None else MASKED
@@ -191,7 +198,7 @@ def _difference(
         generator = torch.Generator(device="cpu").manual_seed(0)
         twin = _twin(layer, generator, {})
         twin._fastencoder = copy.copy(layer._fastencoder)
-        twin._fastencoder.stack, twin._fastencoder.to_prove = None, ()
+        twin._fastencoder.stack, twin._fastencoder.traffic, twin._fastencoder.to_prove = None, Traffic(), ()
         twin._fastencoder.settings = DEFAULT  # what a layer computes does not depend on the dtype that it computes in
         arguments = {name: _on_cpu(value, shape[batch_dim], rows) for name, value in given.items()}
         arguments[first_parameter(original_class)] = _normal(size, generator)
