@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -191,9 +192,11 @@ def test_the_wheel_has_every_file_and_no_other(installed: Path) -> None:
 
 
 def run_optimum(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """optimum-cli, with the wheel in front of everything else."""
-    command = [str(Path(sys.executable).with_name("optimum-cli")), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    """optimum-cli, with the wheel in front of everything else, and without what is installed in place: optimum would find the
+    command twice."""
+    command = [sys.executable, "-S", "-m", "optimum.commands.optimum_cli", *arguments]
+    paths = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, cwd=installed, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging as standard_logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -56,7 +57,9 @@ def fail(message: str) -> NoReturn:
 
 
 def quiet() -> None:
-    """No progress bars of transformers in between; its errors still show."""
+    """No progress bars of transformers in between, and no complaints about what it imports; its errors still show."""
+    for name in ("torchao", "torch.utils._pytree"):  # of kernels that were built for another torch
+        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -77,7 +77,7 @@ class Projections:
         self._fingerprint = _fingerprint(binding)
         self._circumstances = _circumstances()
         self.native_layer = None
-        if self.layout in ("prepacked", "joined") and self._fused_qkv:
+        if self.layout in ("prepacked", "joined") and self._fused_qkv and not on_gpu(self.device):
             self.native_layer = native_layer(binding, self._qkv_weight, self._qkv_biases, self.slots)
 
     def _projection(self, slot: str, part: Any) -> Projection:

@@ -27,8 +27,7 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
     layers have to run one by one."""
     if any(layer._fastencoder.to_prove for layer in call.schedule):
         return None
-    layers = []
-    values = None
+    layers, first, tokens = [], None, sum(batch.lengths)
     try:
         for layer in call.schedule:
             binding, projections = layer._fastencoder.ready(layer)
@@ -36,13 +35,13 @@ def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.
             native = projections.native_layer
             if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
                 return None
-            values = batch.take(hidden) if values is None else values
-            if not native.runs(values, projections.working_dtype(values.shape[0])):
+            if not native.runs(hidden, projections.working_dtype(tokens)):
                 return None
-            values = values if layers else projections.entering(values)
+            first = first or projections
             layers.append((binding, native))
     except Delegated:
         return None
+    values = first.entering(batch.take(hidden))
     return batch.to_padded(run_layers(layers, batch, values).to(hidden.dtype))
 
 
