@@ -1,6 +1,8 @@
 # make demo    accelerate the real all-MiniLM-L6-v2 and show what happened
 # make test    every test: ruff, the public API's types, the kernels' machine code, pytest
 # make lint    ruff and types only
+# make fuzz    random models, batches and kernel calls against stock and references, for MINUTES=30 on every core; prints what
+#              fails as a test, and exits with 1
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
 # make fingerprints  which layer classes changed in the installed transformers, against the tested versions
 # make models   docs/models.md anew: every model type of the installed transformers is built and asked (some minutes)
@@ -38,6 +40,10 @@ GPU_ARGS ?=
 # Of `make bench` and `make bench-scaling`: what `python -m benchmarks.cpu run --help` (or scaling) lists.
 BENCH_ARGS ?=
 
+# Of `make fuzz`: how long, and what else `python -m tests.fuzz --help` lists.
+MINUTES ?= 30
+FUZZ_ARGS ?=
+
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
 KERNELS_ARGS ?=
@@ -54,7 +60,7 @@ empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
-.PHONY: models help demo test lint style types pytest kernels fingerprints format gpu bench-setup bench bench-scaling clean
+.PHONY: fuzz models help demo test lint style types pytest kernels fingerprints format gpu bench-setup bench bench-scaling clean
 .DEFAULT_GOAL := help
 
 help:
@@ -106,6 +112,9 @@ types: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test
+	$(RUN) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 # A folder, not a second environment: everything but Triton is the same.
 $(VENV)/triton-$(OTHER_TRITON): $(VENV)/.test

@@ -22,9 +22,10 @@ from .attention import KINDS
 from .binding import Binding
 from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
+from .invariance import BatchVariantError, invariant_kernels, layer_refusal
 from .joined import separate
 from .program import run_layer
-from .settings import DEFAULT, Settings
+from .settings import DEFAULT, Settings, plain_weights
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .weights import Projections, joinable
 from .whole import FEW_TOKENS, input_of, run_few, run_whole
@@ -106,6 +107,10 @@ class LayerState:
             projections = self.projections = None
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
+        if projections is None and self.settings.batch_invariant:
+            reason = layer_refusal(layer, binding.spec, plain_weights(layer, binding.spec))
+            if reason is not None:
+                raise Delegated(reason)
         if projections is None:  # before anything else can end this call: they watch the tensors that were checked
             projections = self.projections = Projections(binding, self.settings)
             self.joined = self.joined or projections.layout == "joined"
@@ -121,9 +126,11 @@ class FastLayer(nn.Module):
     _fastencoder: LayerState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._fastencoder
+        if state.settings.batch_invariant:
+            return self._forward_invariant(state, args, kwargs)
         if torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
-        state = self._fastencoder
         call = current_call(state.stack)
         if torch.compiler.is_compiling() or (call is not None and isinstance(call.batch, traced.TracedBatch)):
             return traced.forward(self, call, args, kwargs)
@@ -139,6 +146,22 @@ class FastLayer(nn.Module):
         except BaseException:  # KeyboardInterrupt too: a hook of the owner would not see it
             abandon_call(state.stack)
             raise
+
+    def _forward_invariant(self, state: LayerState, args: tuple, kwargs: dict) -> Any:
+        """Like `forward`, where the original forward, whose bits depend on the batch, is no answer."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise BatchVariantError("it is being compiled or traced")
+        try:
+            with invariant_kernels(next(self.parameters()).device):
+                output = self._forward_fast(state, current_call(state.stack), args, kwargs)
+        except Delegated as reason:
+            abandon_call(state.stack)
+            raise BatchVariantError(reason) from None
+        except BaseException:
+            abandon_call(state.stack)
+            raise
+        state.fast_calls += 1
+        return output
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter

@@ -111,11 +111,13 @@ def _is_x86_without_amx() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
 
-def prepack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor | Panels:
-    """A copy of one weight ``[N, K]``, or of several as if they were one, in the layout that is multiplied fastest and in
-    ``dtype`` (None: their own). Panels are filled up to the last one's end."""
+def prepack(
+    *weights: torch.Tensor, dtype: torch.dtype | None = None, in_panels: bool = False
+) -> torch.Tensor | Panels:
+    """A copy of one weight ``[N, K]``, or of several as if they were one, in the layout that is multiplied fastest, or in
+    panels, and in ``dtype`` (None: their own). Panels are filled up to the last one's end."""
     dtype = weights[0].dtype if dtype is None else dtype
-    if cpu_native.multiplies(dtype):
+    if in_panels or cpu_native.multiplies(dtype):
         return cpu_native.pack(*weights, dtype=dtype)
     together = torch.cat([weight.detach().to(dtype) for weight in weights])
     return torch.ops.mkldnn._reorder_linear_weight(together)
