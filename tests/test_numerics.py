@@ -125,7 +125,7 @@ def test_sequences_of_one_and_of_8192_tokens(isa: str) -> None:
     assert (ours[0, 1:] == 0).all() and tiny.calls(fast) == (1, 0)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (0, 0), (0, 64)])
+@pytest.mark.parametrize("shape", [(0, 1), (0, 64)])
 def test_no_sequences(shape: tuple[int, int]) -> None:
     fast = to_fast(tiny.bert())
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
