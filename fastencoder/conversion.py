@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import fingerprints, registry
+from . import fingerprints, registry, sentence_packing
 from .attention_level import AttentionSite, VarlenAttention, Window, find_sites
 from .families.embeddings import EMBEDDINGS
+from .instance_forward import change_class, is_patched
 from .layers import (
     OWNERS,
     EmbeddingState,
@@ -29,6 +30,7 @@ from .layers import (
 )
 from .layers.invariance import linears_outside
 from .layers.settings import Memory, Settings
+from .layers.stack import watch_recording
 from .padding_readers import something_reads_padding
 from .report import Report, check_is_module, layer_around, survey
 from .runtime.graphs import GraphRunner
@@ -141,7 +143,8 @@ def to_fast(
     _swap(model, chosen, known, cuda_graphs, settings)
     _swap_attention(model, sites)
     for linear in outside:
-        linear.__class__ = InvariantLinear
+        change_class(linear, InvariantLinear)
+    sentence_packing.install(model)
     return model
 
 
@@ -180,10 +183,12 @@ def _swap(
     ]
     owners = [owner for owner, _ in stacks.values() if registry.qualified_name(type(owner)) in OWNERS]
     plan += [(owner, fast_class(type(owner)), None) for owner in owners]
+    for cls in {type(layer) for _, layer in chosen}:
+        watch_recording(cls)
     for module, cls, state in plan:
         if state is not None:
             object.__setattr__(module, _STATE[type(state)], state)
-        module.__class__ = cls
+        change_class(module, cls)
     for owner, stack in stacks.values():
         stack.install(owner, model)
 
@@ -221,7 +226,7 @@ def _make_stack(
     reader: str | None,
 ) -> Stack:
     # Packed tokens may pass through a loop only where its code is known: transformers' own, from the layer's own file.
-    own_loop = type(owner).__module__ == layer_class.__module__ and "forward" not in vars(owner)
+    own_loop = type(owner).__module__ == layer_class.__module__ and not is_patched(owner)
     adapter = known.adapter
     works_between = bool(adapter.works_between) and getattr(owner, adapter.works_between, None) is not None
     own_loop &= not ((adapter.keeps_hidden_states and reader is None) or works_between)
@@ -232,7 +237,7 @@ def _make_stack(
 def _is_reader(module: nn.Module, layer_class: type, adapter: Adapter) -> bool:
     """Whether a module, the parent of layers' owner, is the one reader of what the owner's loop keeps."""
     cls = type(module)
-    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and "forward" not in vars(module)
+    return (cls.__module__, cls.__name__) == (layer_class.__module__, adapter.kept_for) and not is_patched(module)
 
 
 def reverse(model: Model) -> Model:
@@ -248,24 +253,25 @@ def reverse(model: Model) -> Model:
     if not is_fast(model):
         raise NotFastError(f"{type(model).__name__} is not fast: there is nothing to reverse.")
     layers = fast_layers(model)
+    sentence_packing.remove(model)
     for module in model.modules():
         Stack.remove(module)
         Window.remove(module)
         if isinstance(module, VarlenAttention):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
             del module._fastencoder_attention
     for layer in layers:
         layer._fastencoder.release(layer)
-        layer.__class__ = layer.original_class  # type: ignore[assignment]
+        change_class(layer, layer.original_class)
         del layer._fastencoder
     for module in model.modules():
         if isinstance(module, FastEmbeddings):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
             del module._fastencoder_embeddings
         elif isinstance(module, FastOwner):
-            module.__class__ = module.original_class  # type: ignore[assignment]
+            change_class(module, module.original_class)
         elif type(module) is InvariantLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            change_class(module, nn.Linear)
     return model
 
 

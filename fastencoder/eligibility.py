@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,8 @@ from torch import nn
 
 from . import registry
 from .activations import activation_name
+from .instance_forward import is_offloaded, is_patched, runs_own_forward
+from .namespaces import namespace_of
 from .norms import norm_kind
 from .parts import ParameterPair, examine_linears, linear_at, lookup
 from .spec import LAYER_SCALE_SLOTS, LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec, NameMap
@@ -53,7 +54,7 @@ def inspect_layer(
         adapter: the adapter that the class is registered with.
         allow_meta: accept weights on the meta device, to answer "would it be eligible?".
     """
-    reason = _not_this_family(layer, adapter)
+    reason = _not_this_family(layer, adapter) or _not_here(layer)
     if reason:
         return Finding(None, (reason,), left_alone=True)
     names = fitting_names(layer, adapter)
@@ -87,6 +88,12 @@ def _not_this_family(layer: nn.Module, adapter: Adapter) -> str | None:
     attention = lookup(layer, adapter.names[0].attention)
     if getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False):
         return "its attention is causal: it is a decoder layer"
+    return None
+
+
+def _not_here(layer: nn.Module) -> str | None:
+    if any(is_offloaded(module) for module in layer.modules()):
+        return "accelerate offloads its weights and brings them for each call of its parts: the original layer runs"
     return None
 
 
@@ -126,12 +133,13 @@ def _check_own_code(
 ) -> Iterator[str]:
     """Every inner module must run the code of the layer's own file, of torch, or of transformers' activations; opaque ones run
     whatever they like."""
-    trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class.__module__), *adapter.sources}
+    trusted = {layer_class.__module__, "transformers.activations", *_sources(layer_class), *adapter.sources}
     for name, module in layer.named_modules():
         what = name or "the layer itself"
-        if "forward" in vars(module):
-            owner = "accelerate" if hasattr(module, "_hf_hook") else "somebody"
-            yield f"{owner} has replaced the forward of {what} on the instance; remove that first"
+        if not runs_own_forward(module):
+            yield f"somebody has replaced the forward of {what} on the instance; remove that first"
+        elif name and is_patched(module):
+            yield f"accelerate has put a hook around {what}, which a fused layer would not run; hook the whole layer"
         if not name:
             if getattr(layer_class.forward, "__module__", None) != layer_class.__module__:
                 yield f"{layer_class.__name__}.forward has been replaced by other code"
@@ -161,16 +169,15 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def touched(module: nn.Module) -> bool:
     """Whether somebody's forward hooks look at a module, or its forward was patched."""
     state = module.__dict__
-    if "forward" in state:
+    if "forward" in state and is_patched(module):
         return True
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"]) and has_foreign_hooks(module)
 
 
-@cache
-def _sources(module_name: str) -> frozenset[str]:
+def _sources(layer_class: type[nn.Module]) -> frozenset[str]:
     """Modelling files that the layer's own file takes parts from: generated files may import a sibling's modules."""
-    own = sys.modules.get(module_name)
-    classes = [value for value in vars(own).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    own = namespace_of(layer_class)
+    classes = [value for value in own.values() if isinstance(value, type) and issubclass(value, nn.Module)]
     return frozenset(cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models."))
 
 
@@ -288,15 +295,21 @@ def attention_implementation(layer: nn.Module, names: NameMap) -> str | None:
 def _check_attention_function(layer: nn.Module, names: NameMap) -> Iterator[str]:
     """A function that somebody registered may compute anything, and it would not be called."""
     name = attention_implementation(layer, names)
-    interface = sys.modules.get("transformers.modeling_utils")
+    interface = _attention_functions(type(lookup(layer, names.attention)))
     if name is None or name == "eager" or "flash" in name or interface is None:
         return
-    function = interface.ALL_ATTENTION_FUNCTIONS.get(name)
+    function = interface.get(name)
     if not getattr(function, "__module__", "").startswith("transformers."):
         yield (
             f"its attention implementation {name!r} is not transformers' own; choose another with "
             "model.set_attn_implementation('sdpa')"
         )
+
+
+def _attention_functions(attention: type) -> Any:
+    """transformers' functions by name, as an attention class's own file sees them; None without transformers."""
+    current = sys.modules.get("transformers.modeling_utils")
+    return namespace_of(attention).get("ALL_ATTENTION_FUNCTIONS", getattr(current, "ALL_ATTENTION_FUNCTIONS", None))
 
 
 def _read_spec(layer: nn.Module, adapter: Adapter, names: NameMap) -> LayerSpec:

@@ -12,6 +12,9 @@ _TAKE_THE_LAST = frozenset(
     f"transformers.models.{name}"
     for name in ("siglip.modeling_siglip.SiglipTextModel", "siglip2.modeling_siglip2.Siglip2TextModel")
 )
+# Whoever decodes their frames decodes those of padding, too: transformers' pipeline does, and so does everybody who takes the
+# likeliest letter of every frame.
+FRAMES_ARE_DECODED = ("ForCTC",)
 # Of the `summary_type`s that transformers' sequence summaries know, those that may read padding.
 _SUMMARIES_OF_PADDING = ("last", "mean")
 
@@ -24,7 +27,8 @@ def something_reads_padding(name: str, modules: dict[str, nn.Module], adapter: A
         modules: all modules of the model by path.
         adapter: the layer's; `padding_readers` are those that its family knows.
     """
-    if any(type(module).__name__.endswith(adapter.padding_readers) for module in modules.values()):
+    readers = (*adapter.padding_readers, *FRAMES_ARE_DECODED)
+    if any(type(module).__name__.endswith(readers) for module in modules.values()):
         return True
     if any(getattr(module, "summary_type", "first") in _SUMMARIES_OF_PADDING for module in modules.values()):
         return True

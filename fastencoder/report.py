@@ -196,9 +196,9 @@ def explain(
 
     Args:
         model: a module, fast or not.
-        compute_dtype, memory, batch_invariant: as for `to_fast`: what a conversion with them would do. Layers that are fast
-            already have their own. With `batch_invariant` there is a row, too, for each part outside of the layers that
-            stands in its way.
+        compute_dtype: as for `to_fast`: what a conversion with it would do. Layers that are fast already have their own.
+        memory: likewise.
+        batch_invariant: likewise. With it there is a row, too, for each part outside of the layers that stands in its way.
 
     Raises:
         ValueError: `compute_dtype`, `memory` or `batch_invariant` has a value that `to_fast` does not take.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastencoder
-from fastencoder import cli, registry
-from fastencoder.cli import WIDTH, app, load_model
+from fastencoder import registry
+from fastencoder.cli import WIDTH, app, load_model, loading
 
 TINY = {
     "vocab_size": 50,
@@ -53,6 +55,25 @@ def test_mistyped_command_suggests_the_right_one() -> None:
     result = invoke("expain", "bert")
     assert result.exit_code == 2
     assert "explain" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("expain", "bert"), "explain"),
+        (("explain",), "MODEL"),
+        (("explain", "bert", "--jsn"), "--json"),
+        (("explain", "bert", "more"), "more"),
+        (("demo", "--paragraphs", "many"), "--paragraphs"),
+        (("bench", "bert", "--texts", "no-such-file"), "no-such-file"),
+        (("verify", "bert", "--inputs", "no-such-file"), "no-such-file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
 
 
 def test_explain_folder_names_every_layer(saved: Path) -> None:
@@ -124,7 +145,7 @@ def test_a_model_type_of_each_kind_can_be_explained(name: str) -> None:
 
 
 def test_a_model_too_large_for_this_machine_is_explained_without_memory(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(loading, "_MOST_BYTES", 2**20)
     model, _ = load_model("bert")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert fastencoder.explain(model).eligible
@@ -252,3 +273,13 @@ def test_explain_with_a_wrong_setting(options: tuple[str, str], message: str) ->
     result = invoke("explain", "bert", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_every_command_is_described_in_the_documents() -> None:
+    """docs/cli.md has a section for each command that `--help` lists, in its order, and the first line of its help."""
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    commands = list(get_command(app).commands.items())
+    assert re.findall(r"^## (\w+)$", page, re.M) == [name for name, _ in commands]
+    shown = " ".join(page.replace("│", " ").split())
+    for name, command in commands:
+        assert f"{name} {' '.join(command.help.split(chr(10) + chr(10))[0].split())}" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -105,11 +106,11 @@ CHANGES = {
         "output.dense has forward hooks",
     ),
     "patched forward": (
-        lambda layer: setattr(layer, "forward", layer.forward),
+        lambda layer: setattr(layer, "forward", partial(type(layer).forward, layer)),
         "somebody has replaced the forward of the layer itself",
     ),
     "patched inner forward": (
-        lambda layer: setattr(layer.output, "forward", layer.output.forward),
+        lambda layer: setattr(layer.output, "forward", partial(type(layer.output).forward, layer.output)),
         "somebody has replaced the forward of output",
     ),
     "mixed dtypes": (
@@ -288,20 +289,12 @@ def test_an_attention_function_of_somebody_is_not_bypassed() -> None:
         assert tiny.relative_error(stock(**inputs).last_hidden_state, expected) > 0.01
         fast(**inputs)
         fast.set_attn_implementation("halved")
-        assert torch.equal(fast(**inputs).last_hidden_state, expected)
+        assert tiny.relative_error(fast(**inputs).last_hidden_state, expected) < 1e-5
         fast.set_attn_implementation("sdpa")
         fast(**inputs)
     assert tiny.calls(fast) == (6, 3)
     with pytest.raises(NotEligibleError, match="attention implementation 'halved' is not transformers' own"):
         to_fast(other)
-
-
-def test_accelerate_hooks_are_found() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = tiny.bert()
-    accelerate.hooks.add_hook_to_module(model.encoder.layer[0], accelerate.hooks.ModelHook())
-    with pytest.raises(NotEligibleError, match="accelerate has replaced the forward of the layer itself"):
-        to_fast(model)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

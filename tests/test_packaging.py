@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -146,11 +150,74 @@ def test_every_file_of_the_package_ships() -> None:
     patterns = project()["tool"]["setuptools"]["package-data"]["fastencoder"]
     package = ROOT / "fastencoder"
     files = {path for path in repository_files() if path.is_relative_to(package) and path.suffix != ".py"}
-    sources = {path for path in files if path.parent == package / "native"}  # they are built; the source archive has them
+    sources = {
+        path for path in files if path.parent == package / "native"
+    }  # they are built; the source archive has them
     assert sources
     assert (ROOT / "MANIFEST.in").read_text() == "graft fastencoder/native\n"
     files -= sources
     assert files == {path for pattern in patterns for path in package.glob(pattern)} != set()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel of what is in the checkout, unpacked as pip would. Without the C++ extension, which takes a minute."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for path in repository_files():
+        if not path.is_relative_to(ROOT / "tests"):
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "."]
+    compilers = {"CC": "false", "CXX": "false"}
+    done = subprocess.run(
+        command, cwd=source, env={**os.environ, **compilers}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    [wheel] = source.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_the_wheel_has_every_file_and_no_other(installed: Path) -> None:
+    expected = {path.relative_to(ROOT) for path in repository_files() if path.is_relative_to(ROOT / "fastencoder")}
+    plugins = ROOT / "plugins"
+    expected |= {path.relative_to(plugins) for path in repository_files() if path.is_relative_to(plugins)}
+    shipped = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert {path for path in shipped if ".dist-info" not in path.parts[0]} == expected
+    # They belong to optimum: with such a file here, optimum's own modules could not be found.
+    assert not list((installed / "optimum").rglob("__init__.py"))
+
+
+def run_optimum(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """optimum-cli, with the wheel in front of everything else."""
+    command = [str(Path(sys.executable).with_name("optimum-cli")), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=installed, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_optimum_cli_has_the_command(installed: Path) -> None:
+    done = run_optimum(installed, "fastencoder", "explain", "bert", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["eligible"]
+    assert "fastencoder" in run_optimum(installed, "--help").stdout
+
+
+def test_optimum_cli_passes_options_and_exit_codes_on(installed: Path) -> None:
+    done = run_optimum(installed, "fastencoder", "--help")
+    assert done.returncode == 0
+    for command in ("optimum-cli fastencoder", "explain", "verify", "bench", "compile"):
+        assert command in done.stdout
+    done = run_optimum(installed, "fastencoder", "explain", "--json", "brt")
+    assert done.returncode == 2 and "did you mean bert" in done.stderr
+
+
+def test_the_checkout_does_not_look_like_optimum() -> None:
+    """Whoever looks for optimum from the root of a checkout finds optimum itself, or nothing."""
+    assert not (ROOT / "optimum").exists()
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:

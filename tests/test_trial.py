@@ -106,7 +106,7 @@ def test_a_class_that_changed_runs_its_original_forward(monkeypatch, change: str
             answers = [fast(**batch).last_hidden_state for _ in range(2)]
         assert len([each for each in caught if "fastencoder" in str(each.message)]) == 1
         for answer in answers:
-            assert torch.equal(answer, stock(**batch).last_hidden_state)
+            torch.testing.assert_close(answer, stock(**batch).last_hidden_state, rtol=0, atol=1e-5)  # the embeddings are fast
     assert tiny.calls(fast) == (0, 6)
     assert all("its fused form differs from its own forward" in row.reasons[0] for row in explain(fast))
     (report,) = {(row.status, len(row.reasons)) for row in explain(stock)}
@@ -125,7 +125,8 @@ def test_a_change_that_only_padding_shows_is_found_when_padding_comes(monkeypatc
         fast(batch["input_ids"])
         assert tiny.calls(fast) == (3, 0)
         with pytest.warns(UserWarning, match="original code"):
-            assert torch.equal(fast(**batch).last_hidden_state, stock(**batch).last_hidden_state)
+            got = fast(**batch).last_hidden_state
+        torch.testing.assert_close(got, stock(**batch).last_hidden_state, rtol=0, atol=1e-5)  # the embeddings are fast
     assert tiny.calls(fast) == (3, 3)
 
 

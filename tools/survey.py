@@ -26,17 +26,18 @@ def survey_of(model_type: str) -> dict[str, list[str]] | str:
     from transformers import AutoModel
 
     import fastencoder
-    from fastencoder.cli import ModelNotFound, _any_class_of, _default_config, quiet
+    from fastencoder.cli.common import quiet
+    from fastencoder.cli.loading import ModelNotFound, any_class_of, default_config
 
     quiet()
     warnings.simplefilter("ignore")
     try:
-        config = _default_config(model_type)
+        config = default_config(model_type)
         with torch.device("meta"):
             try:
                 model = AutoModel.from_config(config)
             except Exception:
-                model_class = _any_class_of(config)
+                model_class = any_class_of(config)
                 if model_class is None:
                     raise
                 model = model_class._from_config(config)

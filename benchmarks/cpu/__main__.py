@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT
-from benchmarks.cpu import bars, environments, models, results, run, scaling, workloads
+from benchmarks.cpu import bars, encode, environments, models, results, run, scaling, workloads
 from benchmarks.cpu.systems import ENGINES, SYSTEMS
 from benchmarks.files import RESULTS, output_folder
 
@@ -136,6 +136,32 @@ def scaling_(
         raise typer.BadParameter(str(error)) from None
     for written in scaling.measure(*chosen, rounds, threads, longest, folder, images, console):
         console.print(f"written: {written}", markup=False, soft_wrap=True)
+
+
+@app.command("encode")
+def encode_(
+    texts: Annotated[int, typer.Option(min=32, help="how many different paragraphs")] = 2000,
+    dtypes: Annotated[str, typer.Option(help="of fp32, bf16")] = "",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    out: Annotated[Path | None, typer.Option(help="folder for encode.json and encode.md")] = None,
+) -> None:
+    """Time SentenceTransformer.encode of real paragraphs, for fastencoder and for sentence-transformers' own backends."""
+    folder = output_folder(out)
+    try:
+        chosen = run.names(dtypes, run.DTYPES, "--dtypes")
+        encode.texts(texts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with run.shown(console) as report:
+        for dtype in chosen:
+            meter = run.Meter(report, f"encode {dtype}", rounds)
+            source = run.source("minilm")
+            measured = encode.measure(source, dtype, texts, rounds, threads, meter.say, meter.tick)
+            found = encode.merge(folder, dtype, measured | {"environment": run.place(threads), "rounds": rounds})
+    for bar in encode.bars(found):
+        console.print("  ".join(bar.line()), markup=False, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, encode.write(folder, found)))}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -73,12 +73,12 @@ def measure(pool: Pool, work: Work, rounds: int, say: Say, tick: Callable[[], No
             if "warm_seconds" in reply:
                 found[system] |= _judged(np.load(Path(name) / f"{system}.npy"), work, pool.dtype)
     right = [system for system, result in found.items() if result.get("equal")]
-    calls = {system: partial(_call, pool, system, work.workload.name) for system in right}
+    calls = {system: partial(call, pool, system, work.workload.name) for system in right}
     for system in right:
         for beside in found[system].get("beside", []):
-            calls[beside] = partial(_call, pool, system, f"{beside} {work.workload.name}")
+            calls[beside] = partial(call, pool, system, f"{beside} {work.workload.name}")
     say(f"{work.workload.name}: timing {len(calls)} systems")
-    samples = _rounds(calls, rounds, tick)
+    samples = in_turn(calls, rounds, tick)
     for system in right:
         times = samples[system]
         if len(times) == rounds:
@@ -91,13 +91,13 @@ def measure(pool: Pool, work: Work, rounds: int, say: Say, tick: Callable[[], No
         "dtype": pool.dtype,
         "work": workloads.describe(work.workload, work.lengths),
         "rounds": rounds,
-        "systems": {system: _kept(result) for system, result in found.items()},
+        "systems": {system: kept(result) for system, result in found.items()},
         "beside": {name: times for name, times in samples.items() if name not in SYSTEMS},
         "versions": pool.versions,
     }
 
 
-def _rounds(
+def in_turn(
     calls: dict[str, Callable[[], float | None]], rounds: int, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Every call once a round, each round beginning with another one. A call that fails is not made again."""
@@ -115,7 +115,8 @@ def _rounds(
     return samples
 
 
-def _call(pool: Pool, system: str, name: str) -> float | None:
+def call(pool: Pool, system: str, name: str) -> float | None:
+    """Seconds of one call of a system, or None if it runs no longer."""
     if system not in pool.running:
         return None
     return pool.ask(system, {"do": "run", "name": name, "visit": VISIT}).get("seconds")
@@ -130,5 +131,6 @@ def _judged(answer: np.ndarray, work: Work, dtype: str) -> dict[str, Any]:
 _KEPT = ("not_available", "failed", "wrong", "error", "cosine", "equal", "seconds", "warm_seconds", "peak_bytes")
 
 
-def _kept(result: dict[str, Any]) -> dict[str, Any]:
+def kept(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a system's result goes to the file."""
     return {key: result[key] for key in (*_KEPT, "base_bytes", "notes", "rest_seconds") if key in result}

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import ROOT
 from benchmarks.cpu import environments
-from benchmarks.cpu.systems import FAST, STOCK_EAGER, STOCK_SDPA, SYSTEMS, Source
+from benchmarks.cpu.systems import EVERY, FAST, STOCK_EAGER, STOCK_SDPA, Source
 
 Reply = dict[str, Any]
 PATIENCE = 600.0  # seconds; compiling takes its time
@@ -32,7 +32,7 @@ class WorkerProcess:
 
     def __init__(self, system: str, source: Source, dtype: str, threads: int, log: Path) -> None:
         self.system, self._left = system, b""
-        python = str(environments.python(SYSTEMS[system].environment))
+        python = str(environments.python(EVERY[system].environment))
         arguments = [system, source.name, source.kind, str(source.folder), str(source.exported), dtype, str(threads)]
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log, "ab")  # noqa: SIM115
@@ -158,11 +158,11 @@ class Pool:
             worker.stop()
             self.running.pop(system, None)
         else:
-            self.versions[SYSTEMS[system].environment] = reply["versions"]
+            self.versions[EVERY[system].environment] = reply["versions"]
         self.status[system] = reply
 
     def _not_here(self, system: str) -> str:
-        chosen = SYSTEMS[system]
+        chosen = EVERY[system]
         why = chosen.without.get(self.dtype) or environments.missing(chosen.environment)
         if not why and chosen.models and self.source.name not in chosen.models:
             why = f"only run with {', '.join(chosen.models)}"

@@ -96,7 +96,7 @@ def source(model: str) -> Source:
 
 def measure(plan: Plan, console: Console) -> Iterator[results.Cell]:
     """All cells of the plan, one after the other."""
-    found = environment(torch.device("cpu")) | {"threads": plan.threads}
+    found = place(plan.threads)
     budget = Budget(plan.seconds)
     with shown(console) as report:
         for model in plan.models:
@@ -108,6 +108,11 @@ def measure(plan: Plan, console: Console) -> Iterator[results.Cell]:
             yield from _model(plan, files, chosen, found, report, budget)
     if budget.left_out:
         console.print(f"there was no time for {', '.join(budget.left_out)}")
+
+
+def place(threads: int) -> dict[str, Any]:
+    """Where this is measured."""
+    return environment(torch.device("cpu")) | {"threads": threads}
 
 
 def _model(

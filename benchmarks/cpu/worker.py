@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cpu.systems import SYSTEMS, Engine, NotAvailable, Source
+from benchmarks.cpu.systems import EVERY, Engine, NotAvailable, Source
 
 _REST_WATCHED, _REST_CPU, _REST_LIMIT = 0.01, 0.002, 3.0  # seconds
 _PACKAGES = (
@@ -42,7 +42,7 @@ class Worker:
     """What the requests ask for."""
 
     def __init__(self, system: str, source: Source, dtype: str, threads: int) -> None:
-        self.system, self.source, self.dtype, self.threads = SYSTEMS[system], source, dtype, threads
+        self.system, self.source, self.dtype, self.threads = EVERY[system], source, dtype, threads
         self._engine: Engine | None = None
         self._calls: dict[str, Any] = {}
         self._base = 0

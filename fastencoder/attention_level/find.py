@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..instance_forward import change_class, is_patched
 from ..layers import FastLayer
+from ..namespaces import is_current
 from .classes import varlen_class
 from .interface import KNOWN_FUNCTIONS, call_site
 from .padding import ancestors, what_reads_padding
@@ -35,7 +37,7 @@ class AttentionSite:
         """Changes the class of the module."""
         varlen = varlen_class(type(self.module))
         object.__setattr__(self.module, "_fastencoder_attention", AttentionState(self.padding_is_read))
-        self.module.__class__ = varlen
+        change_class(self.module, varlen)
 
 
 def find_sites(model: nn.Module, layers: Container[str]) -> list[AttentionSite]:
@@ -61,7 +63,9 @@ def _is_encoder_self_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, VarlenAttention):
         return True
     cls = type(module)
-    if call_site(cls) is None or "forward" in vars(module):  # accelerate, or somebody else, has put its own there
+    if call_site(cls) is None or not is_current(cls):  # of a transformers that was imported before: ours would not be found
+        return False
+    if is_patched(module):
         return False
     config = vars(module).get("config")
     if getattr(config, "_attn_implementation", None) not in KNOWN_FUNCTIONS:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..instance_forward import is_patched
+from ..padding_readers import FRAMES_ARE_DECODED
 from ..registry import qualified_name
 
 _PACKAGE = "transformers.models."
@@ -62,6 +64,9 @@ def what_reads_padding(name: str, modules: dict[str, nn.Module]) -> str | None:
         what = type(modules[elements[0]] if elements else modules[name]).__name__
         return f"whether anything reads the hidden states of a {what} at padding is not known"
     layers = layer.rpartition(".")[0] + "."
+    for module in modules.values():
+        if type(module).__name__.endswith(FRAMES_ARE_DECODED):
+            return f"who decodes the answer of {type(module).__name__} reads the frames of padding"
     for other, module in modules.items():
         if other.startswith(layers) and not _is_own_code(module):
             return f"{other}, a {type(module).__name__} of {type(module).__module__}, may read the hidden states at padding"
@@ -83,7 +88,7 @@ def ancestors(name: str) -> Iterator[str]:
 def _is_own_code(module: nn.Module) -> bool:
     """Whether a module runs code of transformers or torch, or of PEFT, which adapts tokens one by one."""
     ours = ("transformers", "torch", "peft", "fastencoder")
-    return type(module).__module__.partition(".")[0] in ours and "forward" not in vars(module)
+    return type(module).__module__.partition(".")[0] in ours and not is_patched(module)
 
 
 def _mixes_neighbours(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .. import registry
+from ..namespaces import is_current
 from ..spec import Adapter
 from . import live, source
 from .normalised import Closure, closure
@@ -101,7 +102,7 @@ def fingerprint(cls: type) -> str | None:
     if cls not in _closures:
         _closures[cls] = _read(cls)
     found = _closures[cls]
-    return found.fingerprint if found is not None and live.runs(found) else None
+    return found.fingerprint if found is not None and is_current(cls) and live.runs(found) else None
 
 
 def _read(cls: type) -> Closure | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import attention_implementation, inspect_layer, touched
+from ..instance_forward import runs_own_forward
 from ..norms import Norm, norm_kind, read_eps, read_norm
 from ..parts import ParameterPair, linear_at, lookup
 from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
@@ -56,7 +57,7 @@ class Binding:
         self._attention_state = vars(lookup(layer, self._names.attention) or layer)
         self._implementation = attention_implementation(layer, self._names)
         self._layer_children = tuple(layer._modules.values())
-        self._layer_patched = "forward" in vars(layer)
+        self._layer_patched = not runs_own_forward(layer)
         if self.spec is None:
             self._tensors = _tensors(layer)
             return
@@ -87,7 +88,9 @@ class Binding:
     def holds(self, layer: nn.Module) -> bool:
         """Whether the layer is still made of the same modules, neither hooked nor patched since. Runs before every call of
         every layer, so it looks no further than it must."""
-        if tuple(layer._modules.values()) != self._layer_children or ("forward" in vars(layer)) != self._layer_patched:
+        if tuple(layer._modules.values()) != self._layer_children:
+            return False
+        if (self._layer_patched or "forward" in vars(layer)) and self._layer_patched == runs_own_forward(layer):
             return False
         for module, state, cls, children, was_touched in self._watched:
             if type(module) is not cls:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import has_foreign_hooks
+from ..instance_forward import in_one_place
 from .stack import Stack, StackCall, current_call
 
 
@@ -67,7 +68,7 @@ def may_defer(call: StackCall | None) -> bool:
     """Whether nobody but fast layers sees what the layers of this call are given."""
     if call is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(
+    return in_one_place(call.schedule) and all(
         hasattr(layer, "_fastencoder") and not has_foreign_hooks(layer) and layer._compiled_call_impl is None
         for layer in call.schedule
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..eligibility import has_foreign_hooks
+from ..instance_forward import in_one_place
 from ..packing import NotAPaddingMask, PackedBatch
 from ..parts import lookup
 from ..spec import Adapter
@@ -23,7 +24,8 @@ from .binding import Binding
 from .deferred import restored
 from .guards import Delegated, refuse_arguments, refuse_hidden, refuse_mode
 from .invariance import BatchVariantError, invariant_kernels, layer_refusal
-from .joined import separate
+from .joined import apart, separate
+from .packed_input import within_sequences
 from .program import run_layer
 from .settings import DEFAULT, Settings, plain_weights
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
@@ -163,12 +165,18 @@ class FastLayer(nn.Module):
         state.fast_calls += 1
         return output
 
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
+        """The layer's own; of parameters that share one storage, each by itself."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if self._fastencoder.joined and not keep_vars and not args:
+            for name, parameter in self.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+                if name in state and parameter.untyped_storage().nbytes() > parameter.nbytes:
+                    state[name] = apart(state[name])
+        return state
+
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
-        others = read_arguments(type(self).original_class, args, kwargs)
-        for old, new in adapter.former_names.items():
-            if old in others and new not in others:
-                others[new] = others.pop(old)
+        others = self._arguments(args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
         if adapter.extra_outputs and call is not None and call.wants_attentions:
@@ -211,7 +219,9 @@ class FastLayer(nn.Module):
             return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
             return self._run_carried(run, adapter, call)
-        if mask is None and others.get("cu_seq_lens_q") is not None:
+        if others.get("cu_seq_lens_q") is not None:
+            if mask is not None:
+                raise Delegated("both a mask and cu_seq_lens_q are given")
             return self._run_already_packed(run, adapter, call, hidden, others)
         return self._run_padded(run, binding, call, hidden, mask)
 
@@ -220,7 +230,15 @@ class FastLayer(nn.Module):
         shape = (call.batch.batch, call.batch.seqlen, hidden.shape[2]) if carried else tuple(hidden.shape)
         if carried and self._fastencoder.adapter.time_major:
             shape = (shape[1], shape[0], shape[2])
-        trial.prove(self, shape, read_arguments(type(self).original_class, args, kwargs))
+        trial.prove(self, shape, self._arguments(args, kwargs))
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Everything that was given, by the names that the layer's forward has for it today."""
+        given = read_arguments(type(self).original_class, args, kwargs)
+        for old, new in self._fastencoder.adapter.former_names.items():
+            if old in given and new not in given:
+                given[new] = given.pop(old)
+        return given
 
     def _run_grid(
         self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
@@ -338,6 +356,8 @@ class FastLayer(nn.Module):
             call.advance(self)
         args = tuple(restored(value) for value in args)
         kwargs = {name: restored(value) for name, value in kwargs.items()}
+        if kwargs.get("cu_seq_lens_q") is not None:
+            args, kwargs = within_sequences(self, type(self).original_class, self._fastencoder.adapter, args, kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -386,8 +406,10 @@ def _may_carry(stack: Stack | None, call: StackCall) -> bool:
         return False
     if "hidden_states" in collected_outputs():
         return False
-    # A layer that was compiled by itself does not know tensors by their identity.
-    return not any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule)
+    # A layer that was compiled by itself does not know tensors by their identity; nor does one that they are moved to.
+    if any(has_foreign_hooks(layer) or layer._compiled_call_impl is not None for layer in call.schedule):
+        return False
+    return in_one_place(call.schedule)
 
 
 def _padded(adapter: Adapter, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,11 @@ WITHOUT_EFFECT = frozenset(
         "cu_seq_lens_q",
         "max_length_k",
         "max_length_q",
+        "num_items_in_batch",  # of the loss: transformers' Trainer gives it to models, and they hand on what they do not know
         "output_hidden_states",
         "position_ids",
         "return_dict",
+        "seq_idx",
         "use_cache",
     }
 )
@@ -37,6 +39,8 @@ def refuse_hidden(hidden: Any, dimensions: tuple[int, ...] = (3,)) -> None:
     """Tensor subclasses (fake, distributed, ...) have a meaning of their own; a jagged nested tensor is understood."""
     if not isinstance(hidden, torch.Tensor):
         raise Delegated("the hidden states are not a tensor")
+    if hidden.is_meta:
+        raise Delegated("the hidden states are on the meta device, without values")
     if not hidden.is_nested and (type(hidden) not in (torch.Tensor, nn.Parameter) or hidden.dim() not in dimensions):
         raise Delegated(f"the hidden states are a {type(hidden).__name__} of {hidden.dim()} dimensions, not [B, S, D]")
 

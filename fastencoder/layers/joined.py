@@ -37,6 +37,15 @@ def separate(parameters: Sequence[nn.Parameter]) -> None:
                 parameter.data = parameter.data.clone()
 
 
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached tensor over the same memory, whose storage is no larger than itself.
+
+    Whoever saves a state_dict takes tensors of one storage for one tied weight: accelerate leaves out all but the first,
+    safetensors' `save_model` refuses them.
+    """
+    return torch.from_dlpack(tensor.detach())
+
+
 def _lie_together(parameters: Sequence[nn.Parameter]) -> bool:
     first = parameters[0]
     expected = first.data_ptr()

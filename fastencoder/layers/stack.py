@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..eligibility import CAPTURE_MODULE
+from ..namespaces import namespace_of
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 
@@ -272,5 +273,25 @@ def _parameters(owner_class: type[nn.Module]) -> tuple[str, ...]:
 def collected_outputs() -> frozenset[str]:
     """What transformers is recording from inside the layers in this thread: "hidden_states", "attentions", ..."""
     capturing = sys.modules.get(CAPTURE_MODULE)
-    collector = capturing._active_collector.get() if capturing is not None else None
-    return frozenset(collector) if collector else frozenset()
+    if capturing is not None:
+        _watch(capturing._active_collector)
+    names: set[str] = set()
+    for collector in _collectors:
+        names.update(collector.get() or ())
+    return frozenset(names)
+
+
+_collectors: list[Any] = []  # of every transformers that was imported in this process: of one, as a rule
+
+
+def watch_recording(layer_class: type[nn.Module]) -> None:
+    """Has `collected_outputs` look at what the transformers of this class records, although another was imported since."""
+    decorator = namespace_of(layer_class).get("capture_outputs")
+    collector = getattr(decorator, "__globals__", {}).get("_active_collector")
+    if collector is not None:
+        _watch(collector)
+
+
+def _watch(collector: Any) -> None:
+    if not any(collector is known for known in _collectors):
+        _collectors.append(collector)

@@ -115,6 +115,29 @@ SYSTEMS = {
     )
 }
 
+# Whole texts, tokenizing and pooling included: `benchmarks.cpu.encode`.
+ENCODE_BATCH = 32  # texts
+_UNPADDED = {"convert": {}, "unpad": True}
+ENCODERS = {
+    system.name: system
+    for system in (
+        System("encode torch", "encode", {"backend": "torch"}),
+        System("encode torch fp32", "encode", {"backend": "torch", "precision": "fp32"}),
+        System("encode onnx fp32", "encode", {"backend": "onnx", "precision": "fp32"}, OPTIMUM),
+        System("encode openvino", "encode", {"backend": "openvino"}, OPTIMUM),
+        System("encode openvino fp32", "encode", {"backend": "openvino", "precision": "fp32"}, OPTIMUM),
+        System("encode fastencoder", "encode", {"convert": {}}),
+        System("encode fastencoder unpadded", "encode", _UNPADDED),
+        System(
+            "encode fastencoder compute bf16",
+            "encode",
+            {"convert": {"compute_dtype": "bf16"}, "precision": "fp32"},
+            without={"fp32": _ASKED_BF16},
+        ),
+    )
+}
+EVERY = SYSTEMS | ENCODERS
+
 # What counts as ours in a ratio: the fastest of these.
 OURS = {"fp32": (FAST,), "bf16": (FAST, "fastencoder compute bf16")}
 ENGINES_COMPARED = (_COMPILE, _ORT, _OPENVINO, _CTRANSLATE2, _NESTED)

@@ -11,7 +11,8 @@ from benchmarks.cpu.systems import Engine, Source
 from benchmarks.cpu.systems.stock import DTYPES, tensors, to_numpy
 
 
-def prepare(source: Source, dtype: str, threads: int, backend: str) -> Engine:
+def load(source: Source, dtype: str, threads: int, backend: str) -> SentenceTransformer:
+    """The model in one of sentence-transformers' backends, in evaluation mode."""
     arguments: dict[str, Any] = {}
     if backend == "torch":
         arguments["dtype"] = DTYPES[dtype]
@@ -27,9 +28,13 @@ def prepare(source: Source, dtype: str, threads: int, backend: str) -> Engine:
             "export": True,
             "ov_config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision},
         }
-    model = SentenceTransformer(
+    return SentenceTransformer(
         str(source.folder), backend=backend, device="cpu", local_files_only=True, model_kwargs=arguments
     ).eval()
+
+
+def prepare(source: Source, dtype: str, threads: int, backend: str) -> Engine:
+    model = load(source, dtype, threads, backend)
 
     def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(dict(inputs))["sentence_embedding"]

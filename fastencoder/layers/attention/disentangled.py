@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ...kernels import varlen_attention
 from ...kernels._dispatch import on_gpu
+from ...namespaces import namespace_of
 from ...packing import PackedBatch
 from ..deferred import Deferred, PaddingMask, distances
 from ..guards import Delegated
@@ -73,9 +73,9 @@ class Disentangled(AttentionKind):
     def rows(self, call: LayerCall, seqlen: int, device: torch.device) -> tuple[torch.Tensor, int, int]:
         """int32 `[2 * seqlen - 1]`: the row of `rel_embeddings` of every distance; and first and end of those in use."""
         attention = call.binding.attention
-        module = sys.modules[type(attention).__module__]
+        own = namespace_of(type(attention))
         return _bucket_rows(
-            module.make_log_bucket_position,
+            own["make_log_bucket_position"],
             seqlen,
             attention.pos_ebd_size,
             attention.position_buckets,

@@ -1,0 +1,1 @@
+"""The package whose layers the documents register."""
