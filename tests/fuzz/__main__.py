@@ -14,8 +14,6 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Annotated
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,11 +21,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from . import run as fuzz
 
 EXAMPLES = {"models": 12, "kernels": 150}  # of one run: some seconds
-
-
-def _quiet_worker() -> None:
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
 
 
 def main(
@@ -44,7 +37,7 @@ def main(
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(workers, context, initializer=_quiet_worker) as pool,
+        ProcessPoolExecutor(workers, context, initializer=fuzz.quiet_worker) as pool,
         Progress(*columns, console=console, refresh_per_second=1) as progress,
     ):
         task = progress.add_task("starting", total=60 * minutes)

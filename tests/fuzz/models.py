@@ -22,10 +22,11 @@ from tests.conformance import case as case_module
 from tests.conformance.case import FAST, Case
 from tests.conformance.cases import BY_ID, CASES
 
-# The stock model rounds too: where its own error in the dtype is larger than the bar of the conformance tests, ours may be
-# twice as large, as in tests/conformance/test_low_precision.py. A single small batch is a matter of luck, hence the last term.
-TIMES_STOCK = 2.0
-LUCK = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# The bar of the conformance tests in float32, and what stands for it in bfloat16. Their weights are calibrated; these are
+# scaled and deeper, so that rounding may grow. It does so in the stock model as well: up to four times its own error passes, because
+# a single small batch is a matter of luck. A wrong term is off by 10 % (tests/conformance/weights.py).
+BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TIMES_STOCK = 4.0
 
 ROWS = [case.id for case in CASES if case.expect == FAST]
 ENTRIES = ("forward", "hidden states", "other padding", "block", "reversed and again", "loaded")
@@ -191,7 +192,7 @@ def _within(ours: torch.Tensor, theirs: torch.Tensor, reference: torch.Tensor, d
     if not torch.isfinite(theirs).all():
         return
     error, own = measure.error(ours, reference), measure.error(theirs, reference)
-    bound = max(LUCK[dtype], TIMES_STOCK * own) if dtype == torch.float32 else LUCK[dtype] + TIMES_STOCK * own
+    bound = max(BARS[dtype], TIMES_STOCK * own)
     assert error <= bound, f"relative error {error:.2e}, bound {bound:.2e}, stock {own:.2e}"
 
 

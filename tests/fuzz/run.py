@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
@@ -14,6 +16,12 @@ from . import kernels, models
 
 SUBJECTS = {"models": (models.models(), models.check), "kernels": (kernels.calls, kernels.check)}
 STATE = Path(".hypothesis/fuzz")
+
+
+def quiet_worker() -> None:
+    """For a process that does nothing but `run`."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
 
 
 @dataclass

@@ -14,12 +14,12 @@ from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.kernels.linear.reference import ACTIVATIONS
 
 # What oneDNN applies to the float32 accumulator before it writes: our name -> (its post-op, its algorithm). "none" is the
-# erf form of GELU. Its swish has no factor inside the sigmoid, so quick_gelu is not here.
+# erf form of GELU. Its swish has no factor inside the sigmoid, so quick_gelu is not here; its relu turns NaN into 0, so that is
+# not here either.
 _POST_OPS = {
     "identity": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
 _IN_PLACE = {
