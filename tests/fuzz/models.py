@@ -23,8 +23,8 @@ from tests.conformance.case import FAST, Case
 from tests.conformance.cases import BY_ID, CASES
 
 # The bar of the conformance tests in float32, and what stands for it in bfloat16. Their weights are calibrated; these are
-# scaled and deeper, so that rounding may grow. It does so in the stock model as well: up to four times its own error passes, because
-# a single small batch is a matter of luck. A wrong term is off by 10 % (tests/conformance/weights.py).
+# scaled and deeper, so that rounding may grow. It does so in the stock model as well: up to four times its own error passes,
+# because a single small batch is a matter of luck. A wrong term is off by 10 % (tests/conformance/weights.py).
 BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 TIMES_STOCK = 4.0
 
