@@ -3,6 +3,8 @@
 #              oldest supported transformers, and with Python 3.12 where python3.12 runs
 # make test-oldest   that part with the oldest transformers; make test-newer-python: with Python 3.12
 # make lint    ruff and types only
+# make fuzz    random models, batches and kernel calls against stock and references, for MINUTES=30 on every core; prints what
+#              fails as a test, and exits with 1
 # make kernels every kernel compiled for every kind of GPU, on two releases of Triton; needs no GPU. KERNELS_ARGS='9.0 --only bf16'
 # make fingerprints  which layer classes changed in the installed transformers, against the tested versions
 # make drift   the newest transformers, torch and triton: which layer classes changed, which conformance rows fail (.venv-drift).
@@ -60,6 +62,10 @@ BENCH_ARGS ?=
 # Of `make drift`: what `python -m tools.drift --help` lists.
 DRIFT_ARGS ?=
 
+# Of `make fuzz`: how long, and what else `python -m tests.fuzz --help` lists.
+MINUTES ?= 30
+FUZZ_ARGS ?=
+
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
 KERNELS_ARGS ?=
@@ -77,7 +83,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
 .PHONY: drift audit lock help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
-.PHONY: bench-setup bench bench-scaling bench-encode clean
+.PHONY: fuzz bench-setup bench bench-scaling bench-encode clean
 .DEFAULT_GOAL := help
 
 help:
@@ -134,6 +140,9 @@ types: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.test
+	$(RUN) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 test-oldest:
 	@echo "with $(OLDEST):"

@@ -23,10 +23,12 @@ from .layers import (
     FastEmbeddings,
     FastLayer,
     FastOwner,
+    InvariantLinear,
     LayerState,
     Stack,
     fast_class,
 )
+from .layers.invariance import linears_outside
 from .layers.settings import Memory, Settings
 from .layers.stack import watch_recording
 from .layers.traffic import BusyError, Lock, Traffic, others_run
@@ -71,6 +73,7 @@ def to_fast(
     *,
     compute_dtype: torch.dtype | None = None,
     memory: Memory = "default",
+    batch_invariant: bool = False,
 ) -> Model:
     """Makes a model's encoder layers fast, in place.
 
@@ -95,6 +98,10 @@ def to_fast(
         memory: "default" keeps the linear weights once more on the CPU, in the layout that is multiplied fastest. "lean"
             keeps no copy: the parameters are multiplied as they are (those of queries, keys and values move into one storage,
             and out of it in `reverse`). `explain` says how many bytes each takes. No effect on CUDA, which never needs it.
+        batch_invariant: the bits of a sequence's output depend on that sequence alone, neither on those that share its batch
+            nor on padding, as long as its tokens have the same position ids. Linears outside of the layers (a pooler, a head)
+            are multiplied as inside of them. A call that would run the original layers raises `BatchVariantError` (a
+            RuntimeError). It takes the C++ extension on the CPU, and Triton on CUDA.
 
     Returns:
         The same object.
@@ -102,13 +109,17 @@ def to_fast(
     Raises:
         NotEligibleError: nothing is eligible or, with `strict`, something is refused; the model is as it was. A layer that
             cannot compute in `compute_dtype` is refused: one whose attention alone would be fast, one with an opaque part (a
-            LoRA adapter, say), and any that would need a copy of its weights with `memory="lean"`.
+            LoRA adapter, say), and any that would need a copy of its weights with `memory="lean"`. With `batch_invariant`
+            everything in the model that cannot be made so is refused, `strict` or not.
         AlreadyFastError: the model is fast already, whatever it was converted with (by another thread at this moment, say).
         BusyError: another thread calls the model, or a part of it. Any other error as well leaves the model as it was.
-        ValueError: `compute_dtype` or `memory` is none of the values above.
+        ValueError: `compute_dtype` or `memory` is none of the values above, or `batch_invariant` is asked for together with
+            `memory="lean"` or `cuda_graphs`.
         TypeError: `model` is not a module.
     """
-    settings = Settings(compute_dtype, memory)
+    settings = Settings(compute_dtype, memory, batch_invariant)
+    if batch_invariant and cuda_graphs:
+        raise ValueError("batch_invariant=True fixes the kernels of a call, cuda_graphs=True records them: leave one out")
     versions.warn_once()
     with _conversions:
         _convert(model, strict, cuda_graphs, settings)
@@ -127,11 +138,11 @@ def _convert(model: nn.Module, strict: bool, cuda_graphs: bool, settings: Settin
     chosen = [(row.name, layer) for row, layer in found if row.status == "eligible" and row.level == "layer"]
     refused = {row.name for row, _ in found if row.status == "refused"}
     sites = [site for site in sites if layer_around(site, model) not in refused]
-    if strict and any(row.status == "refused" for row in report):
+    if (strict or settings.batch_invariant) and any(row.status == "refused" for row in report):
+        instead = "to_fast(model, strict=False) converts the layers that are eligible"
+        instead = "convert it without batch_invariant" if settings.batch_invariant else instead
         raise NotEligibleError(
-            f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\n"
-            "Nothing was changed. to_fast(model, strict=False) converts the layers that are eligible.",
-            report,
+            f"{type(model).__name__} cannot be made fast:\n{report.reasons('refused')}\nNothing was changed; {instead}.", report
         )
     if not chosen and not sites:
         reasons = report.reasons("refused", "left alone") or "  it has no encoder layer of a registered class"
@@ -144,10 +155,13 @@ def _convert(model: nn.Module, strict: bool, cuda_graphs: bool, settings: Settin
         raise BusyError(
             f"another thread calls {type(model).__name__} now: nothing was changed. Convert a model before it is served."
         )
+    outside = linears_outside(model, tuple(name for name, _ in chosen)) if settings.batch_invariant else []
     traffic = Traffic()
     try:
         _swap(model, chosen, known, cuda_graphs, settings, traffic)
         _swap_attention(model, sites, traffic)
+        for linear in outside:
+            change_class(linear, InvariantLinear)
         sentence_packing.install(model)
     except BaseException:  # KeyboardInterrupt too: everything or nothing
         _restore(model)
@@ -290,6 +304,8 @@ def _restore(model: nn.Module) -> None:
         Window.remove(module)
         if isinstance(module, FastLayer | FastEmbeddings | FastOwner | VarlenAttention):
             change_class(module, module.original_class)
+        elif type(module) is InvariantLinear:
+            change_class(module, nn.Linear)
         for name in _STATES:
             vars(module).pop(name, None)
 
@@ -313,9 +329,12 @@ def fast(
     *,
     compute_dtype: torch.dtype | None = None,
     memory: Memory = "default",
+    batch_invariant: bool = False,
 ) -> Iterator[Model]:
     """Fast inside the block only: `with fast(model): ...`. Takes and raises what `to_fast` does."""
-    to_fast(model, strict, cuda_graphs, compute_dtype=compute_dtype, memory=memory)
+    to_fast(
+        model, strict, cuda_graphs, compute_dtype=compute_dtype, memory=memory, batch_invariant=batch_invariant
+    )
     try:
         yield model
     finally:

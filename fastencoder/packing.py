@@ -19,6 +19,7 @@ from .kernels._dispatch import on_gpu
 from .kernels.padding import BIAS, DIFFERS, unreadable
 from .kernels.varlen_attention import query_block, tile_list
 
+MOST_POSITIONS = 2**31 - 1  # of a batch: what counts and names them is int32
 _NOT_PADDING = {DIFFERS: "an attention mask that differs between queries", BIAS: "an additive attention bias"}
 
 
@@ -66,8 +67,10 @@ class PackedBatch:
 
         Raises:
             NotAPaddingMask: the mask differs between queries, or holds other values, or has another shape.
+            ValueError: there are more than `MOST_POSITIONS` positions, padding included.
         """
         batch, seqlen = hidden.shape[:2]
+        _check_positions(batch * seqlen)
         nothing = hidden.new_empty(0, hidden.shape[2])
         if mask is None:
             return cls._full(nothing, batch, seqlen)
@@ -89,8 +92,9 @@ class PackedBatch:
         """A batch that is packed already: `values` `[T, D]`, `offsets` `[B + 1]`.
 
         Raises:
-            ValueError: the offsets do not cover the tokens.
+            ValueError: the offsets do not cover the tokens, or there are more than `MOST_POSITIONS` of them.
         """
+        _check_positions(values.shape[0])
         lengths = None
         if max_seqlen is None or offsets.device.type == "cpu":
             bounds = offsets.tolist()
@@ -110,7 +114,7 @@ class PackedBatch:
         (strided layout), as `nn.TransformerEncoder` makes them.
 
         Raises:
-            ValueError: it is of the older kind, and not contiguous or not of three dimensions.
+            ValueError: it is of the older kind, and not contiguous or not of three dimensions; or too large (`from_offsets`).
         """
         if nested.layout is torch.jagged:
             return cls.from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]
@@ -118,8 +122,9 @@ class PackedBatch:
             raise ValueError("a strided nested tensor must be contiguous, with three dimensions")
         sizes = nested._nested_tensor_size().tolist()  # on the host
         lengths, width = tuple(length for length, _ in sizes), sizes[0][1]
-        offsets = _to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), nested.device)
         values = nested.values().view(-1, width)
+        _check_positions(values.shape[0])
+        offsets = _to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), nested.device)
         return cls(values, offsets, max(lengths), None, len(lengths), 0, lengths)
 
     def to_nested(self) -> torch.Tensor:
@@ -278,6 +283,14 @@ class PackedBatch:
         if self.indices is None:
             return values.view(self.batch, self.seqlen, values.shape[-1])
         return unpack(values, self.indices, self.batch, self.seqlen)
+
+
+def _check_positions(count: int) -> None:
+    if count > MOST_POSITIONS:
+        raise ValueError(
+            f"a batch of {count:,} positions is too large: they are counted in 32 bits, up to {MOST_POSITIONS:,}. "
+            "Split the batch."
+        )
 
 
 def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

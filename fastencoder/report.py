@@ -15,6 +15,7 @@ from .attention_level import AttentionSite, AttentionState, VarlenAttention, fin
 from .eligibility import Finding, inspect_layer
 from .families.left_out import LEFT_OUT
 from .layers import FastLayer, LayerState, trial
+from .layers.invariance import layer_refusal, refusals_outside
 from .layers.settings import Memory, Settings, computing_dtype, fastest_dtype, plain_weights, refusal
 from .layers.weights import extra_bytes
 from .spec import LayerSpec
@@ -192,7 +193,13 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None, memory: Memory = "default") -> Report:
+def explain(
+    model: nn.Module,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    memory: Memory = "default",
+    batch_invariant: bool = False,
+) -> Report:
     """Says for every encoder layer of a model whether it is fast, could be, or why it cannot. Touches nothing.
 
     A model whose weights are on the meta device is judged as if they were loaded.
@@ -201,12 +208,13 @@ def explain(model: nn.Module, *, compute_dtype: torch.dtype | None = None, memor
         model: a module, fast or not.
         compute_dtype: as for `to_fast`: what a conversion with it would do. Layers that are fast already have their own.
         memory: likewise.
+        batch_invariant: likewise. With it there is a row, too, for each part outside of the layers that stands in its way.
 
     Raises:
-        ValueError: `compute_dtype` or `memory` has a value that `to_fast` does not take.
+        ValueError: `compute_dtype`, `memory` or `batch_invariant` has a value that `to_fast` does not take.
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    settings = Settings(compute_dtype, memory)
+    settings = Settings(compute_dtype, memory, batch_invariant)
     check_is_module(model)
     known = fingerprints.find_all(model)
     rows = survey(model, known, find_sites(model, known), settings, allow_meta=True)
@@ -244,7 +252,16 @@ def survey(
         row = _row(name, module, known.get(name), settings, allow_meta)
         if row is not None and not (row.level is None and name in around):
             rows.append((row, module))
-    return rows
+    return rows + (_rows_outside(model, [row for row, _ in rows]) if settings.batch_invariant else [])
+
+
+def _rows_outside(model: nn.Module, rows: list[LayerRow]) -> list[tuple[LayerRow, nn.Module]]:
+    """A refused row for each part outside of the layers whose bits would depend on the batch."""
+    inside = tuple(row.name for row in rows if row.status != "left alone")
+    return [
+        (LayerRow(name, registry.qualified_name(type(module)), None, None, "refused", (reason,), 0), module)
+        for name, module, reason in refusals_outside(model, inside)
+    ]
 
 
 def layer_around(site: AttentionSite, model: nn.Module) -> str:
@@ -270,6 +287,9 @@ def _row_of_attention(name: str, module: nn.Module, sites: list[AttentionSite], 
     if not converted and weight is not None and fastest_dtype(settings.compute_dtype, weight) != weight.dtype:
         reason = f"only its attention is understood, so it cannot compute in {settings.compute_dtype}"
         return LayerRow(name, class_name, None, None, "refused", (f"{reason}: convert without compute_dtype",), 0)
+    if not converted and settings.batch_invariant:
+        reason = "only its attention is understood: its other sums may go over the batch in any order"
+        return LayerRow(name, class_name, None, None, "refused", (reason,), 0)
     status = "fast" if converted else "eligible"
     return LayerRow(name, class_name, None, "attention", status, tuple(dict.fromkeys(kept)), 0)
 
@@ -295,7 +315,10 @@ def _row(
     if not finding.spec:
         return LayerRow(name, class_name, adapter.family, None, _status(finding), finding.reasons, 0)
     failed = trial.trial_of(module, layer_class).failed if known is not None and known.unproven else None
-    failed = failed or refusal(settings, finding.spec, plain_weights(module, finding.spec))
+    weights = plain_weights(module, finding.spec)
+    failed = failed or refusal(settings, finding.spec, weights)
+    if failed is None and settings.batch_invariant:
+        failed = layer_refusal(module, finding.spec, weights)
     if failed is not None:
         return LayerRow(name, class_name, adapter.family, None, "refused", (failed,), 0)
     row = LayerRow(name, class_name, adapter.family, "layer", "eligible", (), 0, _notes(module, known))
@@ -306,7 +329,7 @@ def _with_costs(row: LayerRow, layer: nn.Module, spec: LayerSpec, settings: Sett
     """The row of a layer with what it computes in, and the memory that it takes for that."""
     weights = plain_weights(layer, spec)
     dtype = computing_dtype(settings, spec, weights)
-    lean = replace(settings, memory="lean")
+    lean = replace(settings, memory="lean", batch_invariant=False)
     notes = row.notes
     if settings.compute_dtype not in (None, dtype):
         why = refusal(settings, spec, weights) or f"this processor is no faster in {_short(settings.compute_dtype)}"
@@ -316,7 +339,7 @@ def _with_costs(row: LayerRow, layer: nn.Module, spec: LayerSpec, settings: Sett
         extra_bytes=extra_bytes(spec, weights, settings),
         notes=notes,
         compute_dtype=_short(dtype),
-        lean_bytes=None if dtype != weights[0].dtype else extra_bytes(spec, weights, lean),
+        lean_bytes=None if dtype != weights[0].dtype or settings.batch_invariant else extra_bytes(spec, weights, lean),
     )
 
 

@@ -24,6 +24,7 @@ _TRITON_DTYPES = frozenset(
 
 _failing = threading.Lock()
 _forced: str | None = None
+_local = threading.local()
 may_fall_back = True  # False in a dry run, where an error must show
 
 
@@ -56,7 +57,7 @@ class Dispatcher:
         except torch.OutOfMemoryError:  # the reference needs more memory, not less
             raise
         except Exception as error:
-            if not may_fall_back:
+            if not may_fall_back or is_batch_invariant():
                 raise
             with _failing:  # of several threads one says so
                 said, self._triton_failed = self._triton_failed, True
@@ -104,6 +105,22 @@ def implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside the block, in this thread, kernels on CUDA are chosen without a look at the number of tokens or the lengths of
+    sequences, so that an element is always summed in one order; and an operation that cannot run in Triton raises."""
+    previous, _local.invariant = is_batch_invariant(), True
+    try:
+        yield
+    finally:
+        _local.invariant = previous
+
+
+def is_batch_invariant() -> bool:
+    """Whether this thread is inside of :func:`batch_invariant`."""
+    return getattr(_local, "invariant", False)
 
 
 def register(schema: str, run: Callable, fake: Callable) -> None:

@@ -25,10 +25,11 @@ from .attention import KINDS
 from .binding import Binding
 from .deferred import restored
 from .guards import Delegated, is_out_of_memory, refuse_arguments, refuse_hidden, refuse_mode
+from .invariance import BatchVariantError, invariant_kernels, layer_refusal
 from .joined import apart, separate
 from .packed_input import within_sequences
 from .program import run_layer
-from .settings import DEFAULT, Settings
+from .settings import DEFAULT, Settings, plain_weights
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .traffic import Traffic
 from .weights import Projections, joinable
@@ -76,6 +77,7 @@ class LayerState:
         self.binding: Binding | None = None
         self.projections: Projections | None = None
         self.starved = False  # there was no memory for the projections
+        self.refusal: str | None = None  # why its bits would depend on the batch
         self.fast_calls = 0
         self.delegated_calls = 0
         self.last_reason: str | None = None
@@ -119,7 +121,7 @@ class LayerState:
         if binding.spec is None:
             raise Delegated(f"the layer has changed since its conversion: {'; '.join(binding.reasons)}")
         if projections is None:
-            raise Delegated(_NO_MEMORY)
+            raise Delegated(self.refusal or _NO_MEMORY)
         if binding.any_training():
             raise Delegated("a part of the layer is in training mode")
         return binding, projections
@@ -132,10 +134,14 @@ class LayerState:
         return binding.spec is None or self.starved or (projections is not None and projections.current(binding))
 
     def _prepare(self, layer: nn.Module) -> None:
-        self.projections, self.starved = None, False
+        self.projections, self.starved, self.refusal = None, False, None
         self.binding = Binding(layer, type(layer).original_class, self.adapter)
         if self.binding.spec is None:
             return
+        if self.settings.batch_invariant:
+            self.refusal = layer_refusal(layer, self.binding.spec, plain_weights(layer, self.binding.spec))
+            if self.refusal is not None:
+                return
         try:
             self.projections = Projections(self.binding, self.settings)
         except (MemoryError, RuntimeError) as error:
@@ -159,6 +165,8 @@ class FastLayer(nn.Module):
         state = getattr(self, "_fastencoder", None)
         if state is None:  # `reverse` ran since this method was looked up
             return self.forward(*args, **kwargs)
+        if state.settings.batch_invariant and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            raise BatchVariantError("it is being compiled or traced")
         if torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
         call = current_call(state.stack)
@@ -179,6 +187,8 @@ class FastLayer(nn.Module):
         return self.forward(*args, **kwargs)
 
     def _answer(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
+        if state.settings.batch_invariant:
+            return self._answer_invariant(state, call, args, kwargs)
         try:
             try:
                 output = self._forward_fast(state, call, args, kwargs)
@@ -191,6 +201,20 @@ class FastLayer(nn.Module):
         except BaseException:  # KeyboardInterrupt too: a hook of the owner would not see it
             abandon_call(state.stack)
             raise
+
+    def _answer_invariant(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
+        """Where the original forward, whose bits depend on the batch, is no answer."""
+        try:
+            with invariant_kernels(next(self.parameters()).device):
+                output = self._forward_fast(state, call, args, kwargs)
+        except Delegated as reason:
+            abandon_call(state.stack)
+            raise BatchVariantError(reason) from None
+        except BaseException:
+            abandon_call(state.stack)
+            raise
+        state.fast_calls += 1
+        return output
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """The layer's own; of parameters that share one storage, each by itself."""

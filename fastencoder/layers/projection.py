@@ -62,10 +62,10 @@ class Prepacked(Plain):
     """A copy of the weight in the layout that is multiplied fastest, in the dtype in which the layer computes; the bias stays
     the module's own."""
 
-    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Any, dtype: torch.dtype, in_panels: bool = False) -> None:
         super().__init__(linear)
         self._dtype = dtype
-        self.packed = linear_cpu.prepack(linear.weight, dtype=dtype)
+        self.packed = linear_cpu.prepack(linear.weight, dtype=dtype, in_panels=in_panels)
 
     def __call__(
         self,

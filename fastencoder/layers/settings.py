@@ -1,4 +1,4 @@
-"""In which dtype a layer computes and what memory it may take for that: `to_fast`'s `compute_dtype` and `memory`."""
+"""What the user asked of a conversion: `to_fast`'s `compute_dtype`, `memory` and `batch_invariant`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ class Settings:
     Args:
         compute_dtype: one of `COMPUTE_DTYPES`; None computes in the dtype of the parameters.
         memory: "default" keeps each linear weight once more where that is faster, "lean" never does.
+        batch_invariant: whether the bits of a sequence's output may depend on that sequence alone (`invariance`).
 
     Raises:
-        ValueError: another value.
+        ValueError: another value, or two that exclude one another.
     """
 
     compute_dtype: torch.dtype | None = None
     memory: Memory = "default"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
@@ -38,6 +40,11 @@ class Settings:
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it may be None, {allowed}")
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory is {self.memory!r}; it may be {' or '.join(map(repr, get_args(Memory)))}")
+        if self.batch_invariant and self.memory == "lean":
+            raise ValueError(
+                "batch_invariant=True multiplies a copy of the weights, which memory='lean' does not keep: "
+                "leave one of the two out"
+            )
 
 
 DEFAULT = Settings()

@@ -10,12 +10,15 @@ Layouts, one for all plain slots of a layer:
   weight in that dtype. The parameters stay as they are.
 - "plain": the model's own parameters as they are.
 
+With `batch_invariant=True` the layout on the CPU is always "prepacked", in the extension's panels.
+
 A slot that holds something else than a weight and a bias is called as it is.
 """
 
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -64,9 +67,12 @@ class Projections:
             self._probes = [_probe(linear.weight) for linear in plain.values()]
             self._native_probes = b"".join(_native_probe(*probe) for probe in self._probes)
         self._activation = binding.activation
+        # Where the activation of a gated `up` has to be the extension's: PyTorch's rounds an element by where it lies.
+        self._by_halves = bool(spec.adapter.gated_up) and settings.batch_invariant and self.layout == "prepacked"
         self.slots = {slot: self._projection(slot, part) for slot, part in binding.linears.items()}
         self.out = self.slots["out"]
         self.down = self.slots.get("down")
+        self._halves = self._halves_of(binding.linears["up"]) if self._by_halves else None
         self._separate_qkv = "qkv" not in binding.linears
         self._fused_qkv = self._separate_qkv and _one_product(spec)
         if self._fused_qkv:
@@ -85,20 +91,33 @@ class Projections:
             return Opaque(part)
         if slot in _QKV and _one_product(self.spec):  # they are multiplied as one
             return Plain(part)
+        if slot == "up" and self._by_halves:
+            return Plain(part)
         if self.layout == "prepacked":
-            return Prepacked(part, self.compute_dtype)
+            return Prepacked(part, self.compute_dtype, self._settings.batch_invariant)
         return Cast(part, self.compute_dtype) if self.layout == "cast" else Plain(part)
 
     def _fuse_qkv(self, linears: list[Any]) -> None:
         weights = [linear.weight for linear in linears]
         self._qkv_biases = _biases(linears)
         if self.layout == "prepacked":
-            self._qkv_weight = linear_cpu.prepack(*weights, dtype=self.compute_dtype)
+            in_panels = self._settings.batch_invariant
+            self._qkv_weight = linear_cpu.prepack(*weights, dtype=self.compute_dtype, in_panels=in_panels)
         elif self.layout == "cast":
             self._qkv_weight = torch.cat([weight.detach().to(self.compute_dtype) for weight in weights])
         elif self.layout == "joined":
             self._qkv_weight = joined(weights)
             self._qkv_bias = None if self._qkv_biases is None else joined(self._qkv_biases)
+
+    def _halves_of(self, up: Any) -> tuple[Prepacked, Prepacked]:
+        """The halves of a gated `up` as products of their own, the activated one first."""
+        weights = up.weight.detach().chunk(2)
+        biases = (None, None) if up.bias is None else up.bias.detach().chunk(2)
+        first, second = (
+            Prepacked(SimpleNamespace(weight=weight, bias=bias), self.compute_dtype, in_panels=True)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        return (first, second) if self.spec.adapter.gated_up == "first" else (second, first)
 
     def _join_gate(self, linears: list[Any]) -> None:
         biases = _biases(linears)
@@ -106,8 +125,10 @@ class Projections:
 
     def working_dtype(self, tokens: int) -> torch.dtype:
         """The dtype to compute in: `compute_dtype`, or float32 where the processor is faster in it."""
-        if self.device.type == "cpu" and not self.spec.opaque and linear_cpu.float32_is_faster(self.compute_dtype, tokens):
-            return torch.float32
+        if self.device.type == "cpu" and not self.spec.opaque:
+            in_panels = self._settings.batch_invariant and self.layout == "prepacked"
+            if in_panels or linear_cpu.float32_is_faster(self.compute_dtype, tokens):
+                return torch.float32
         return self.compute_dtype
 
     def entering(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +197,9 @@ class Projections:
             activated = self.slots["gate"](x, activation=fused)
             activated = self._activation(activated).to(x.dtype) if name == "module" else activated
             return activated.mul_(self.slots["up"](x))
+        if self._halves is not None:
+            first, second = self._halves
+            return first(x, activation=fused).mul_(second(x))
         order = self.spec.adapter.gated_up
         if order:
             halves = self.slots["up"](x).chunk(2, dim=1)
@@ -190,6 +214,8 @@ def extra_bytes(spec: LayerSpec, weights: list[torch.Tensor], settings: Settings
     own, computing = weights[0].dtype, computing_dtype(settings, spec, weights)
     if computing != own:
         return spec.linear_bytes // own.itemsize * computing.itemsize
+    if settings.batch_invariant and weights[0].device.type == "cpu":
+        return spec.linear_bytes
     return spec.linear_bytes if settings.memory == "default" and _may_prepack(weights[0]) else 0
 
 
@@ -218,6 +244,8 @@ def _layout(binding: Binding, settings: Settings, dtype: torch.dtype) -> Layout:
     if not weights:
         return "plain"
     on_cpu = weights[0].device.type == "cpu" and not on_gpu(weights[0].device)
+    if settings.batch_invariant and on_cpu:
+        return "prepacked"
     if dtype != weights[0].dtype:
         return "prepacked" if on_cpu and linear_cpu.can_prepack(weights[0].new_empty(0, 0, dtype=dtype)) else "cast"
     if on_gpu(weights[0].device) or (on_cpu and settings.memory == "lean"):

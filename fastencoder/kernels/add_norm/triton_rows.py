@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastencoder.kernels._dispatch import is_batch_invariant
 from fastencoder.kernels._triton import DeviceLimits, next_power_of_2
 
 _MAX_DIM = 16384  # one row must fit the registers of one program
@@ -34,7 +35,7 @@ def row_tile(rows: int, dim: int, itemsize: int, limits: DeviceLimits) -> tuple[
     warp = 32 * 16 // itemsize  # columns of which each thread of a warp holds one vector
     num_warps = min(max(block_dim // warp, 1), _MAX_WARPS)
     block_rows = max(2 * num_warps * warp // block_dim, 1)
-    if rows < 2 * block_rows * limits.multiprocessors:
+    if is_batch_invariant() or rows < 2 * block_rows * limits.multiprocessors:
         block_rows = 1
     return block_rows, block_dim, num_warps
 

@@ -14,12 +14,12 @@ from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.kernels.linear.reference import ACTIVATIONS
 
 # What oneDNN applies to the float32 accumulator before it writes: our name -> (its post-op, its algorithm). "none" is the
-# erf form of GELU. Its swish has no factor inside the sigmoid, so quick_gelu is not here.
+# erf form of GELU. Its swish has no factor inside the sigmoid, so quick_gelu is not here; its relu turns NaN into 0, so that is
+# not here either.
 _POST_OPS = {
     "identity": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
 _IN_PLACE = {
@@ -111,11 +111,13 @@ def _is_x86_without_amx() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
 
-def prepack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor | Panels:
-    """A copy of one weight ``[N, K]``, or of several as if they were one, in the layout that is multiplied fastest and in
-    ``dtype`` (None: their own). Panels are filled up to the last one's end."""
+def prepack(
+    *weights: torch.Tensor, dtype: torch.dtype | None = None, in_panels: bool = False
+) -> torch.Tensor | Panels:
+    """A copy of one weight ``[N, K]``, or of several as if they were one, in the layout that is multiplied fastest, or in
+    panels, and in ``dtype`` (None: their own). Panels are filled up to the last one's end."""
     dtype = weights[0].dtype if dtype is None else dtype
-    if cpu_native.multiplies(dtype):
+    if in_panels or cpu_native.multiplies(dtype):
         return cpu_native.pack(*weights, dtype=dtype)
     together = torch.cat([weight.detach().to(dtype) for weight in weights])
     return torch.ops.mkldnn._reorder_linear_weight(together)

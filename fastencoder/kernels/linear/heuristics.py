@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastencoder.kernels._dispatch import is_batch_invariant
 from fastencoder.kernels._triton import DeviceLimits, cdiv
 
 NOT_MEASURED = "not measured"
@@ -157,7 +158,7 @@ def choose(
     descriptors: bool = True,
     aligned: bool = True,
 ) -> Choice:
-    """How ``[tokens, K] @ [K, N]`` (gated: twice that) is computed.
+    """How ``[tokens, K] @ [K, N]`` (gated: twice that) is computed; inside of ``batch_invariant``, whatever ``tokens`` are.
 
     Args:
         precision: what ``_triton.dot_precision`` says of ``dtype``.
@@ -166,6 +167,12 @@ def choose(
         aligned: whether the compiler sees that it may load 16 bytes at a time.
     """
     kind = epilogue_kind(activation, with_residual, gated)
+    if is_batch_invariant():
+        # One tile for any number of tokens, chosen for many, and no division of K.
+        chosen = _choose(
+            TOKEN_BUCKETS[-1], n, k, dtype, precision, kind, with_residual, gated, False, False, aligned, limits
+        )
+        return chosen._replace(vendor=False, splits=1)
     return _choose(
         token_bucket(tokens), n, k, dtype, precision, kind, with_residual, gated, partial, descriptors, aligned, limits
     )

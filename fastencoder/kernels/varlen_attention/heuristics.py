@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastencoder.kernels._dispatch import is_batch_invariant
 from fastencoder.kernels._triton import DeviceLimits, cdiv, dot_precision, next_power_of_2
 from fastencoder.kernels.varlen_attention.features import PLAIN, Features
 
@@ -61,7 +62,7 @@ def choose_block(
     """The blocks of a launch.
 
     Args:
-        max_seqlen: a bound of the sequences' lengths.
+        max_seqlen: a bound of the sequences' lengths; inside of ``batch_invariant`` it counts as long.
         dim: of a head.
         dtype: of queries, keys and values.
         limits: of the device.
@@ -69,6 +70,8 @@ def choose_block(
     """
     if is_exact(dtype):
         return next(block for most, block in _EXACT.items() if dim <= most)
+    if is_batch_invariant():
+        max_seqlen = max(_SHORT, _SINGLE_TOKENS) + 1
     row_bytes = max(128, next_power_of_2(dim) * dtype.itemsize)
     keys = max(16, next_power_of_2(max_seqlen))
     fits = keys <= _SINGLE_TOKENS and row_bytes <= _SINGLE_ROW[dtype.itemsize]
