@@ -14,6 +14,8 @@
 #              BENCH_ARGS='--quick' ends within ten minutes; BENCH_ARGS='--models minilm --workloads W1,W4 --dtypes fp32'
 # make bench-scaling  how time and memory grow with padding, batch, length and threads
 # make bench-encode   SentenceTransformer.encode beside sentence-transformers' own backends
+# make soak    the example server under load for ten minutes, converted and not: every answer compared, memory watched, hostile
+#              clients, killed and restarted. MINUTES=2, SOAK_ARGS='--clients 16'
 # make clean   remove .venv and everything that was generated
 #
 # Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
@@ -53,6 +55,10 @@ GPU_ARGS ?=
 # Of `make bench`, `make bench-scaling` and `make bench-encode`: what `python -m benchmarks.cpu run --help` (or scaling, encode) lists.
 BENCH_ARGS ?=
 
+# Of `make soak`: minutes under load, and what else `python -m tools.soak --help` lists.
+MINUTES ?= 10
+SOAK_ARGS ?=
+
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
 KERNELS_ARGS ?=
@@ -70,7 +76,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
 .PHONY: help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
-.PHONY: bench-setup bench bench-scaling bench-encode clean
+.PHONY: bench-setup bench bench-scaling bench-encode soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -179,6 +185,9 @@ bench-scaling: $(VENV)/.bench
 
 bench-encode: $(VENV)/.bench
 	@$(RUN) $(BIN)/python -m benchmarks.cpu encode $(BENCH_ARGS)
+
+soak: $(VENV)/.test
+	@$(RUN) $(BIN)/python -m tools.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newer site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png

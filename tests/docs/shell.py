@@ -24,7 +24,7 @@ from fastencoder.cli import app
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # Commands that stand for themselves: they are only shown to be typed somewhere else.
-_ELSEWHERE = {"apt"}
+_ELSEWHERE = {"apt", "curl"}
 
 
 def logical_lines(source: str) -> Iterator[str]:
