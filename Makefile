@@ -55,8 +55,8 @@ GPU_ARGS ?=
 # Of `make bench`, `make bench-scaling` and `make bench-encode`: what `python -m benchmarks.cpu run --help` (or scaling, encode) lists.
 BENCH_ARGS ?=
 
-# Of `make soak`: minutes under load, and what else `python -m tools.soak --help` lists.
-MINUTES ?= 10
+# Of `make soak`: minutes under load (10), and what else `python -m tools.soak --help` lists.
+MINUTES ?=
 SOAK_ARGS ?=
 
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
@@ -187,7 +187,7 @@ bench-encode: $(VENV)/.bench
 	@$(RUN) $(BIN)/python -m benchmarks.cpu encode $(BENCH_ARGS)
 
 soak: $(VENV)/.test
-	@$(RUN) $(BIN)/python -m tools.soak --minutes $(MINUTES) $(SOAK_ARGS)
+	@$(RUN) $(BIN)/python -m tools.soak --minutes $(or $(MINUTES),10) $(SOAK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newer site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png

