@@ -20,6 +20,8 @@
 #              BENCH_ARGS='--quick' ends within ten minutes; BENCH_ARGS='--models minilm --workloads W1,W4 --dtypes fp32'
 # make bench-scaling  how time and memory grow with padding, batch, length and threads
 # make bench-encode   SentenceTransformer.encode beside sentence-transformers' own backends
+# make soak    the example server under load for ten minutes, converted and not: every answer compared, memory watched, hostile
+#              clients, killed and restarted. MINUTES=2, SOAK_ARGS='--clients 16'
 # make clean   remove .venv and everything that was generated
 #
 # Everything that needs packages runs in .venv, which is made once and again only when pyproject.toml changes.
@@ -62,9 +64,11 @@ BENCH_ARGS ?=
 # Of `make drift`: what `python -m tools.drift --help` lists.
 DRIFT_ARGS ?=
 
-# Of `make fuzz`: how long, and what else `python -m tests.fuzz --help` lists.
-MINUTES ?= 30
+# Of `make fuzz` and `make soak`: how long (30 and 10 minutes), and what else `python -m tests.fuzz --help` and
+# `python -m tools.soak --help` list.
+MINUTES ?=
 FUZZ_ARGS ?=
+SOAK_ARGS ?=
 
 # Of `make kernels`: the second release of Triton, and what else fastencoder.runtime.inspect_kernels takes.
 OTHER_TRITON ?= 3.6.0
@@ -83,7 +87,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(subst :,_,$(subst >,_,$(subst <,_,$(subst =,_,$(TORCH)))))))
 
 .PHONY: drift audit lock help demo test test-oldest test-newer-python lint style types pytest kernels fingerprints docs docs-serve models format gpu
-.PHONY: fuzz bench-setup bench bench-scaling bench-encode clean
+.PHONY: fuzz bench-setup bench bench-scaling bench-encode soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -142,7 +146,7 @@ pytest: $(VENV)/.test
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.test
-	$(RUN) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
+	$(RUN) OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) $(FUZZ_ARGS)
 
 test-oldest:
 	@echo "with $(OLDEST):"
@@ -210,6 +214,9 @@ bench-scaling: $(VENV)/.bench
 
 bench-encode: $(VENV)/.bench
 	@$(RUN) $(BIN)/python -m benchmarks.cpu encode $(BENCH_ARGS)
+
+soak: $(VENV)/.test
+	@$(RUN) $(BIN)/python -m tools.soak --minutes $(or $(MINUTES),10) $(SOAK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newer .venv-drift site .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fastencoder-demo.png

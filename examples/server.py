@@ -27,8 +27,10 @@ from embedder import DTYPES, Embedder, TextTokenizer, default_folder
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from limits import Limits, Refused, check_texts, check_tokens, parse
+from starlette.requests import ClientDisconnect
 
 BODY_SECONDS = 10  # to send a body in
+IGNORED_BYTES = 64 * 2**20  # of a body that is too large, before the connection is closed
 
 
 def settings() -> argparse.Namespace:
@@ -48,6 +50,7 @@ def settings() -> argparse.Namespace:
     option("--max-batch-tokens", 8192, "tokens of a batch", type=int)
     option("--max-wait-ms", 5, "how long a text waits for company", type=float)
     option("--max-queued", 1024, "texts that may wait; more are told to come again", type=int)
+    option("--max-connections", 512, "connections at a time; more are answered with 503", type=int)
     option("--max-texts", Limits.texts, "texts of a request", type=int)
     option("--max-characters", Limits.characters, "characters of a text", type=int)
     option("--max-tokens", Limits.tokens, "tokens of a text, as far as the model can read", type=int)
@@ -90,7 +93,11 @@ def make_app(options: argparse.Namespace) -> FastAPI:
 
     @app.post("/embed")
     async def embed(request: Request) -> Response:
-        texts = check_texts(parse(await read_body(request, limits)), limits)
+        try:
+            body = await read_body(request, limits)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        texts = check_texts(parse(body), limits)
         wait = rate.wait(request.client.host if request.client else "", len(texts))
         if wait:
             return come_again(429, "too many texts from this address", wait)
@@ -110,16 +117,24 @@ def make_app(options: argparse.Namespace) -> FastAPI:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, as long as it is not too large and does not take too long. Raises Refused."""
-    body = bytearray()
+    """The body, as long as it is not too large and does not take too long. Raises Refused.
+
+    What is too large is read to its end and forgotten, within limits: a connection that is closed with bytes unread is reset,
+    and its client may lose the answer that says why.
+    """
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise Refused(413, f"the body has more than {limits.body_bytes} bytes")
+                size += len(chunk)
+                if size <= limits.body_bytes:
+                    body += chunk
+                elif size > IGNORED_BYTES:
+                    break
     except TimeoutError:
         raise Refused(408, f"the body took more than {BODY_SECONDS} seconds") from None
+    if size > limits.body_bytes:
+        raise Refused(413, f"the body has more than {limits.body_bytes} bytes")
     return bytes(body)
 
 
@@ -146,6 +161,7 @@ def main() -> None:
         host=options.host,
         port=options.port,
         timeout_graceful_shutdown=options.drain_seconds,
+        limit_concurrency=options.max_connections,
         access_log=False,
     )
 
