@@ -62,7 +62,8 @@ print(time.process_time() - begin)
 
 
 def test_import_adds_less_than_a_fifth_of_a_second() -> None:
-    """Of the processor's time, since other tests run beside it; the fastest of three, which leaves out the compilation to bytecode."""
+    """Of the processor's time, since other tests run beside it; the fastest of three, which leaves out the compilation to
+    bytecode."""
     assert min(float(run_python(IMPORT_TIME)) for _ in range(3)) < 0.2
 
 
