@@ -105,3 +105,13 @@ def test_blocks_share_a_namespace_and_are_counted(place: Path) -> None:
     )
     assert snippets.evaluate(page) == snippets.Done(run=2, checked=Counter({"for a test": 1}), text=1)
     check_line("make pytest WORKERS=0")
+
+
+def test_the_tests_that_the_page_on_reliability_names_exist() -> None:
+    page = (snippets.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|fastencoder)/[\w/.]+)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for path, test in named:
+        found = snippets.ROOT / path
+        assert found.exists(), path
+        assert not test or f"def {test}(" in found.read_text(encoding="utf-8"), test
