@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._device
 from hypothesis import strategies as st
 
 from fastencoder import kernels
@@ -135,7 +136,9 @@ def check(call: Attention | Linear | AddNorm) -> int:
     broken = ~sound
     if broken.any():
         assert not torch.isfinite(ours[broken].double().nan_to_num(nan=float("inf"))).all(), "NaN was lost"
-    error = (ours[sound].double() - reference[sound]).norm() / reference[sound].norm().clamp(min=1e-3)
+    # Against 0.1 an element at least: a few sums that fall into the tail of GELU are nearly zero, and their rounding is not.
+    least = 0.1 * max(int(sound.sum()), 1) ** 0.5
+    error = (ours[sound].double() - reference[sound]).norm() / reference[sound].norm().clamp(min=least)
     assert not sound.any() or float(error) <= BARS[call.dtype], f"relative error {float(error):.2e}"
     return 1
 
