@@ -125,7 +125,7 @@ GOOD = "a==1.0 \\\n    --hash=sha256:" + "0" * 64 + "\nb==2.0+cpu --hash=sha256:
         (GOOD.replace("==1.0", ">=1.0"), "exact version"),
         (GOOD.replace("f" * 64, "f" * 63), "b has no sha256"),
         (GOOD + "c @ https://somewhere/c.whl\n", "exact version"),
-        ("--index-url https://somewhere\n" + GOOD, "exact version"),
+        ("--index" + "-url https://somewhere\n" + GOOD, "exact version"),
         (GOOD.replace("b==", "c=="), "b: required"),
     ],
 )
