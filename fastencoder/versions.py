@@ -58,7 +58,7 @@ def warn_once() -> None:
     _warned = True
     warnings.warn(
         f"fastencoder: {'; '.join(untested())}. Layers whose source has changed have to agree with their own forward before "
-        "they run fast; `fastencoder verify MODEL` compares the rest with the original.",
+        "they run fast; 'fastencoder verify MODEL' compares the rest with the original.",
         UserWarning,
         stacklevel=3,
     )
