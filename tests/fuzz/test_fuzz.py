@@ -24,6 +24,10 @@ FOUND = {
         tokens=1, inputs=1, outputs=1, activation="relu", bias=False, residual=False, scale=False, gated=False,
         packed=False, dtype="bfloat16", isa="none", poisoned=0, seed=0,
     ),
+    "DeBERTa's distances of a batch of padding alone": models.Model(
+        row="deberta_v2.DebertaV2Layer", config=(), seed=0, scale=1.0, dtype="float32", memory="default",
+        calls=(models.Call(entry="forward", pattern="empty", rows=1, size=1, seed=0),),
+    ),
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ class Disentangled(AttentionKind):
     def _positions(self, call: LayerCall, q: torch.Tensor, k: torch.Tensor, scale: float) -> dict[str, Any]:
         batch = call.batch
         holes = batch.layout == "holes"
-        seqlen = batch.seqlen if holes else batch.max_seqlen
+        seqlen = batch.seqlen if holes else max(batch.max_seqlen, 1)  # padding alone has no distances
 
         def make() -> tuple[torch.Tensor, int, int]:
             return self.rows(call, seqlen, batch.offsets.device)
