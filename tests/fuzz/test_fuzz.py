@@ -28,6 +28,10 @@ FOUND = {
         row="deberta_v2.DebertaV2Layer", config=(), seed=0, scale=1.0, dtype="float32", memory="default",
         calls=(models.Call(entry="forward", pattern="empty", rows=1, size=1, seed=0),),
     ),
+    "WavLM's and SpeechT5's kind of a batch of padding alone": models.Model(
+        row="speecht5.SpeechT5EncoderLayer", config=(), seed=0, scale=1.0, dtype="float32", memory="default",
+        calls=(models.Call(entry="forward", pattern="empty", rows=1, size=1, seed=1),),
+    ),
 }  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class DistanceKeys(QueryBias):
         if keys is None:
             raise Delegated("position_bias is not a function of the distance")
         holes = batch.layout == "holes"
-        reach = batch.seqlen if holes else batch.max_seqlen
+        reach = batch.seqlen if holes else max(batch.max_seqlen, 1)  # padding alone has no distances
         keys = keys[batch.seqlen - reach : batch.seqlen + reach - 1] * call.binding.scale
         products = (q.transpose(0, 1) @ keys.t().to(q.dtype)).transpose(0, 1)  # [T, H, 2 * reach - 1]
         key = ("columns", id(given))
