@@ -7,28 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fastencoder
 from fastencoder import checks
 from fastencoder.checks.bench import AnswersDiffer, Quartiles, Timing
 from fastencoder.checks.inputs import of_images, of_lengths
-from fastencoder.cli import WIDTH, app
+from fastencoder.cli import WIDTH
 
+from .command_line import invoke
 from .tiny import bert, vit
 
 bench_module = __import__("fastencoder.checks.bench", fromlist=["bench"])
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    bert().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import fastencoder
 from fastencoder import registry
 from fastencoder.cli import WIDTH, app, load_model, loading
+
+from .command_line import invoke
 
 TINY = {
     "vocab_size": 50,
@@ -26,10 +27,6 @@ TINY = {
     "intermediate_size": 48,
     "max_position_embeddings": 32,
 }
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, GPT2Config, GPT2Model
-from typer.testing import CliRunner
 
 import fastencoder
 from fastencoder import checks
@@ -20,22 +19,12 @@ from fastencoder.checks import compare, layers
 from fastencoder.checks import verify as verify_function
 from fastencoder.checks.inputs import Batch
 from fastencoder.checks.weights import draw
-from fastencoder.cli import WIDTH, app
+from fastencoder.cli import WIDTH
 
+from .command_line import invoke
 from .tiny import bert, bert_classifier, vit
 
 verify_module = __import__("fastencoder.checks.verify", fromlist=["verify"])
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    bert().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
