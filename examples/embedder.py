@@ -41,6 +41,9 @@ class Embedder:
         self.model = AutoModel.from_pretrained(
             Path(folder), dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
         ).eval()
+        if getattr(self.model, "pooler", None) is not None:
+            # Nobody reads it here. In bf16 oneDNN would compile it anew, and keep half a megabyte, for every shape of a batch.
+            self.model.pooler = None
         if not stock:
             self.model = to_fast(self.model)  # <- two
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import subprocess
@@ -251,3 +252,30 @@ def test_resident_memory_at_its_peak() -> None:
     assert peak["stock"] > linear > 200 * 2**20
     assert peak["lean"] <= 1.05 * peak["stock"], peak
     assert peak["stock"] + 0.9 * linear <= peak["default"] <= 1.05 * peak["stock"] + linear, peak
+
+
+@pytest.mark.parametrize("tokens", [12, 30])
+@pytest.mark.parametrize("what", ["text", "image", "layer"])
+def test_a_forward_leaves_nothing_to_the_garbage_collector(what: str, tokens: int) -> None:
+    """A cycle would keep its tensors, and those of its callers, until the collector comes by."""
+    model = to_fast(tiny.vit() if what == "image" else tiny.bert())
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if what == "image" else tiny.ragged(seqlen=tokens)
+    layer, hidden = model.get_submodule("encoder.layer.0" if what != "image" else "layers.0"), torch.randn(2, 5, 48)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            layer(hidden) if what == "layer" else model(**inputs)
+
+    forward()
+    gc.collect()
+    gc.disable()
+    try:
+        forward()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [type(each).__name__ for each in gc.garbage]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert tiny.calls(model)[0] > 0 and not left

@@ -6,7 +6,6 @@ runs, `config` answers with another name for the attention function, in this thr
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
@@ -110,13 +109,9 @@ class VarlenAttention(nn.Module):
             return self.forward(*args, **kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
-        frame = sys._getframe()
-        state.traffic.enter(frame)
-        try:
+        with state.traffic.forward():
             if vars(self).get("_fastencoder_attention") is state:
                 return self._answer(args, kwargs)
-        finally:
-            state.traffic.leave(frame)
         return self.forward(*args, **kwargs)
 
     def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,6 @@ the original forward runs.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -61,16 +60,12 @@ class FastEmbeddings(nn.Module):
             return self.forward(*args, **kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
-        frame = sys._getframe()
-        state.traffic.enter(frame)
-        try:
+        with state.traffic.forward():
             if vars(self).get("_fastencoder_embeddings") is state:
                 try:
                     return self._forward_fast(args, kwargs)
                 except Delegated:
                     return super().forward(*args, **kwargs)
-        finally:
-            state.traffic.leave(frame)
         return self.forward(*args, **kwargs)
 
     def _forward_fast(self, args: tuple, kwargs: dict) -> torch.Tensor:

@@ -5,7 +5,6 @@ A call that the fused program cannot do exactly goes to the original `forward`, 
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -177,13 +176,9 @@ class FastLayer(nn.Module):
             call = None
         if call is not None:  # its owner has entered
             return self._answer(state, call, args, kwargs)
-        frame = sys._getframe()
-        state.traffic.enter(frame)
-        try:
+        with state.traffic.forward():
             if vars(self).get("_fastencoder") is state:
                 return self._answer(state, None, args, kwargs)
-        finally:
-            state.traffic.leave(frame)
         return self.forward(*args, **kwargs)
 
     def _answer(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
@@ -227,6 +222,8 @@ class FastLayer(nn.Module):
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
+        if call is not None and call.whole_output is not None and call.repeats(type(self), args, kwargs):
+            return self._pass_on(adapter, call)
         others = self._arguments(args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
@@ -252,6 +249,8 @@ class FastLayer(nn.Module):
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
         output = self._run(run, binding, call, hidden, mask, others)
+        if call is not None and call.whole_output is not None:
+            call.accepted = type(self), args, kwargs
         if adapter.gives_back:
             given_back = [others.get(name) for name in adapter.gives_back]
             output = (output[0], *given_back, *output[1 + len(given_back) :])

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import is_
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,7 @@ class StackCall:
         packed: the batches that the owner packed itself, by the very offsets that it gave the layers.
         whole_input, whole_output: padded hidden states before the first and after the last layer, where all layers have run
             at once.
+        accepted: then, the class and the arguments of a layer that was called and checked.
         frame: that which calls the owner; None while a graph is made.
     """
 
@@ -56,12 +58,25 @@ class StackCall:
     packed: list[tuple[torch.Tensor, PackedBatch]] = field(default_factory=list)
     whole_input: torch.Tensor | None = None
     whole_output: torch.Tensor | None = None
+    accepted: tuple[type, tuple, dict[str, Any]] | None = None
     frame: FrameType | None = None
 
     @property
     def has_ended(self) -> bool:
         """Whether the owner's forward is over, although no hook said so (KeyboardInterrupt between two layers)."""
         return self.frame is not None and not is_executing(self.frame)
+
+    def repeats(self, layer_class: type, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer is called with the stand-in that the one before returned, and otherwise with what was accepted."""
+        known_class, known, named = self.accepted or (None, (), {})
+        return (
+            layer_class is known_class
+            and len(args) == len(known) > 0
+            and args[0] is self.carried
+            and all(map(is_, args[1:], known[1:]))
+            and kwargs.keys() == named.keys()
+            and all(value is named[name] for name, value in kwargs.items())
+        )
 
     def known_batch(self, mask: torch.Tensor | None, batch: int, seqlen: int) -> PackedBatch | None:
         """The geometry that was read from this very mask for `[batch, seqlen]` tokens; None if none was."""

@@ -77,6 +77,10 @@ class Traffic:
                 if self._waiting:
                     self._condition.notify_all()
 
+    def forward(self) -> Forward:
+        """A context: one forward, which lasts as long as the block, or the function that it is in."""
+        return Forward(self, sys._getframe(1))
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside the block no other thread computes: forwards that begin wait, and those that run have ended, or wait to be
@@ -135,6 +139,22 @@ class Traffic:
         if not frames:
             self._running.pop(thread, None)
         return bool(frames)
+
+
+class Forward:
+    """See `Traffic.forward`. A frame with itself in a variable would live on after its end, with every tensor of its callers,
+    until the garbage collector comes by; this object is gone when the block ends."""
+
+    __slots__ = ("frame", "traffic")
+
+    def __init__(self, traffic: Traffic, frame: FrameType) -> None:
+        self.traffic, self.frame = traffic, frame
+
+    def __enter__(self) -> None:
+        self.traffic.enter(self.frame)
+
+    def __exit__(self, *_: object) -> None:
+        self.traffic.leave(self.frame)
 
 
 def is_executing(frame: FrameType) -> bool:
