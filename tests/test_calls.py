@@ -9,10 +9,12 @@ import warnings
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from fastencoder import explain, to_fast
 from fastencoder.layers import FastLayer
-from fastencoder.layers.stack import current_call
+from fastencoder.layers.stack import StackCall, current_call
 
 from . import tiny
 
@@ -442,3 +444,22 @@ def test_padding_content_never_reaches_a_token(models, bad: float) -> None:
         embeds = embeds.masked_fill(inputs["attention_mask"][..., None] == 0, bad)
         got = fast(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state
     assert torch.equal(got, clean)
+
+
+def test_a_call_repeats_only_with_the_very_same_arguments() -> None:
+    """Behind the first of the layers that ran at once, only what was checked already is not checked again."""
+    mask, other, stand_in = torch.zeros(1), torch.zeros(1), torch.empty(0)
+    call = StackCall([])
+    call.carried = stand_in
+    assert not call.repeats(BertLayer, (stand_in, mask), {})
+    call.accepted = BertLayer, (torch.empty(0), mask), {"flag": False}
+    assert call.repeats(BertLayer, (stand_in, mask), {"flag": False})
+    assert not call.repeats(ViTLayer, (stand_in, mask), {"flag": False})
+    assert not call.repeats(BertLayer, (stand_in, other), {"flag": False})
+    assert not call.repeats(BertLayer, (other, mask), {"flag": False})
+    assert not call.repeats(BertLayer, (stand_in,), {"flag": False})
+    assert not call.repeats(BertLayer, (stand_in, mask, None), {"flag": False})
+    assert not call.repeats(BertLayer, (stand_in, mask), {"flag": True})
+    assert not call.repeats(BertLayer, (stand_in, mask), {})
+    assert not call.repeats(BertLayer, (stand_in, mask), {"flag": False, "more": None})
+    assert not call.repeats(BertLayer, (), {"flag": False})
