@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastencoder.kernels.varlen_attention import cpu_native
 from fastencoder.packing import PackedBatch
@@ -32,6 +33,10 @@ FOUND = {
         row="speecht5.SpeechT5EncoderLayer", config=(), seed=0, scale=1.0, dtype="float32", memory="default",
         calls=(models.Call(entry="forward", pattern="empty", rows=1, size=1, seed=1),),
     ),
+    "a batch in which the stock model is lucky": models.Model(
+        row="bert.BertLayer.relu", config=(), seed=0, scale=2.5, dtype="float32", memory="default",
+        calls=(models.Call(entry="loaded", pattern="none", rows=4, size=11, seed=566),),
+    ),
 }  # fmt: skip
 
 
@@ -39,6 +44,16 @@ FOUND = {
 def test_found(example) -> None:
     check = models.check if isinstance(example, models.Model) else kernels.check
     assert check(example) > 0
+
+
+def test_a_small_wrong_term_is_more_than_luck(monkeypatch) -> None:
+    """The bound of a model that magnifies rounding stays far below an error that somebody made."""
+    example = FOUND["a batch in which the stock model is lucky"]
+    take = PackedBatch.take
+    ramp = torch.linspace(1, 1.001, 48)  # a constant factor would be lost in the norm
+    monkeypatch.setattr(PackedBatch, "take", lambda self, hidden: take(self, hidden) * ramp)
+    with pytest.raises(AssertionError, match="relative error"):
+        models.check(example)
 
 
 def test_a_wrong_layer_is_found_and_printed(monkeypatch) -> None:
