@@ -93,8 +93,9 @@ def to_fast(
         compute_dtype: `torch.bfloat16`, `torch.float16` or `torch.float32`: the fast layers compute in it, from a copy of their
             linear weights. The parameters keep their dtype and values, and so do `state_dict` and the hidden states that leave
             the layers. None, or the dtype that a layer has already, changes nothing. Nor does a 16-bit dtype on a processor
-            that is no faster in it (x86 without AMX): there the layers compute in the dtype of their parameters. Calls that run
-            the original layers compute in the dtype of the parameters, always. `explain` says what a layer computes in.
+            that is no faster in it (x86 with neither AMX nor VNNI): there the layers compute in the dtype of their parameters.
+            Calls that run the original layers compute in the dtype of the parameters, always. `explain` says what a layer
+            computes in.
         memory: "default" keeps the linear weights once more on the CPU, in the layout that is multiplied fastest. "lean"
             keeps no copy: the parameters are multiplied as they are (those of queries, keys and values move into one storage,
             and out of it in `reverse`). `explain` says how many bytes each takes. No effect on CUDA, which never needs it.

@@ -36,7 +36,8 @@ def fast_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slow_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an x86 processor without AMX."""
+    """As on an x86 processor with neither AMX nor VNNI."""
+    monkeypatch.setattr(linear_cpu.cpu_native, "in_fixed_point", lambda dtype: False)
     monkeypatch.setattr(linear_cpu, "float32_is_faster", lambda dtype, tokens: dtype == BF16 and tokens >= 64)
 
 
@@ -161,10 +162,11 @@ def test_memory_is_what_explain_says(fast_in_16_bits) -> None:
     for state in tiny.states(model):
         projections = state.projections
         kept += tiny.packed_weights(projections)
-    assert {getattr(weight, "weight", weight).dtype for weight in kept} == {BF16}
-    assert sum(map(tiny.packed_bytes, kept)) == linear // 2
+    assert {weight.dtype for weight in kept} == {BF16}
+    bytes_kept = sum(map(tiny.packed_bytes, kept))
+    assert linear // 2 <= bytes_kept <= 1.05 * linear / 2  # numbers in fixed point share scales
     for report in (promised, explain(model)):
-        assert report.extra_bytes == linear // 2
+        assert report.extra_bytes == bytes_kept
         assert report.lean_bytes is None
         assert {row.compute_dtype for row in report} == {"bfloat16"}
         assert "computes in bfloat16" in report.summary()

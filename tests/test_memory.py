@@ -175,7 +175,7 @@ def test_lean_with_a_dtype_that_takes_a_copy_is_refused(monkeypatch) -> None:
     with pytest.raises(NotEligibleError, match=r"takes a copy of the weights, which memory='lean' does not keep"):
         to_fast(model, compute_dtype=torch.bfloat16, memory="lean")
     assert not is_fast(model)
-    monkeypatch.setattr(linear_cpu, "float32_is_faster", lambda dtype, tokens: dtype == torch.bfloat16)
+    monkeypatch.setattr(linear_cpu, "is_faster_than_float32", lambda dtype: dtype != torch.bfloat16)
     to_fast(model, compute_dtype=torch.bfloat16, memory="lean")  # this processor computes in float32: no copy
     assert explain(model).extra_bytes == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTModel
 
+from fastencoder.kernels import native
 from fastencoder.kernels.linear.cpu_native import Panels
 from fastencoder.layers import FastLayer, LayerState
 
@@ -71,5 +72,5 @@ def packed_weights(projections) -> list:
 def packed_bytes(weight) -> int:
     """Of a weight in oneDNN's layout or in panels, without what fills the last panel."""
     if isinstance(weight, Panels):
-        return weight.outputs * weight.weight.shape[1] * weight.weight.element_size()
+        return weight.weight[0].nbytes * weight.outputs // native.library.panel_width(weight.isa)
     return weight.numel() * weight.element_size()

@@ -16,7 +16,7 @@ try:
 except ImportError:  # no compiler at the installation, or another processor than x86
     library = None
 
-ISAS = ("none", "avx2", "avx512")
+ISAS = ("none", "avx2", "avx512", "avx512_vnni")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # FASTENCODER_NATIVE=0 does without, for comparisons and to rule it out as a cause.

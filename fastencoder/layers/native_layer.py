@@ -60,7 +60,7 @@ class NativeLayer:
             head_dim=spec.head_dim,
             inner=matrices["up"].outputs if packed else len(weights["up"]),
             activation=ACTIVATION_CODES[spec.activation],
-            weight_dtype=native.DTYPES[weights["qkv"].dtype],
+            weight_dtype=qkv.code if packed else native.DTYPES[qkv.dtype],
             vector_dtype=native.DTYPES[binding.linears["out"].weight.dtype],
             norm_dtype=native.DTYPES[norms[0].weight.dtype],
             rms=norms[0].rms,
@@ -132,8 +132,7 @@ def native_layer(
     if not plain:
         return None
     matrices = {"qkv": qkv, **{name: _matrix(slots[name]) for name in _MATRICES}}
-    weights = _alike(list(matrices.values()))
-    if not weights:
+    if not _alike(list(matrices.values())):
         return None
     norms = [binding.norm(slot) for slot in _NORMS]
     if any(norm is None or norm.weight is not binding.norms[slot].weight for slot, norm in zip(_NORMS, norms, strict=True)):
@@ -143,7 +142,7 @@ def native_layer(
     dtypes |= {scale.dtype for scale in scales if scale is not None}
     norm_dtypes = {vector.dtype for norm in norms for vector in (norm.weight, norm.bias) if vector is not None}
     alike = len(dtypes) == len(norm_dtypes) == 1 and norms[0].rms == norms[1].rms
-    if not alike or not dtypes <= {torch.float32, weights[0].dtype} or any(s is not None and s.dim() != 1 for s in scales):
+    if not alike or not dtypes <= {torch.float32, matrices["qkv"].dtype} or any(s is not None and s.dim() != 1 for s in scales):
         return None
     return NativeLayer(binding, qkv_biases, matrices)
 
@@ -155,12 +154,12 @@ def _matrix(projection: Projection) -> Panels | torch.Tensor | None:
     return projection.linear.weight.detach() if type(projection) is Plain else None
 
 
-def _alike(matrices: list[object]) -> list[torch.Tensor]:
-    """The weights, if they are all packed or all as they are, of one dtype that the extension multiplies; otherwise none."""
-    if all(isinstance(matrix, Panels) for matrix in matrices):
-        weights = [matrix.weight for matrix in matrices]
-    elif all(isinstance(matrix, torch.Tensor) and matrix.device.type == "cpu" for matrix in matrices):
-        weights = [matrix for matrix in matrices if matrix.is_contiguous() and multiplies(matrix.dtype)]
-    else:
-        weights = []
-    return weights if len(weights) == len(matrices) and len({weight.dtype for weight in weights}) == 1 else []
+def _alike(matrices: list[object]) -> bool:
+    """Whether the weights are all packed or all as they are, of one dtype that the extension multiplies."""
+    if not all(isinstance(matrix, Panels) for matrix in matrices):
+        for matrix in matrices:
+            if not isinstance(matrix, torch.Tensor) or matrix.device.type != "cpu":
+                return False
+            if not matrix.is_contiguous() or not multiplies(matrix.dtype):
+                return False
+    return len({matrix.dtype for matrix in matrices}) == 1

@@ -14,7 +14,6 @@ from ..spec import LINEAR_SLOTS, NORM_SLOTS, LayerSpec
 
 Memory = Literal["default", "lean"]
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MANY = 2**20  # tokens
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def fastest_dtype(wanted: torch.dtype | None, own: torch.Tensor) -> torch.dtype:
         return own.dtype
     if own.device.type == "cpu" and wanted.itemsize == 2:
         multiplies = linear_cpu.can_prepack(torch.empty(0, 0, dtype=wanted, device="cpu"))
-        if not multiplies or (own.dtype == torch.float32 and linear_cpu.float32_is_faster(wanted, _MANY)):
+        if not multiplies or (own.dtype == torch.float32 and not linear_cpu.is_faster_than_float32(wanted)):
             return own.dtype
     return wanted
 

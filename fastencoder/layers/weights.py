@@ -28,6 +28,7 @@ from .. import kernels
 from ..kernels import native
 from ..kernels._dispatch import on_gpu
 from ..kernels.linear import cpu as linear_cpu
+from ..kernels.linear import cpu_native
 from ..parts import linear_at
 from ..spec import LayerSpec, NameMap
 from .binding import Binding
@@ -212,11 +213,15 @@ class Projections:
 def extra_bytes(spec: LayerSpec, weights: list[torch.Tensor], settings: Settings) -> int:
     """Bytes that a fast layer allocates beside the model's parameters, given its plain weights (`settings.plain_weights`)."""
     own, computing = weights[0].dtype, computing_dtype(settings, spec, weights)
-    if computing != own:
-        return spec.linear_bytes // own.itemsize * computing.itemsize
-    if settings.batch_invariant and weights[0].device.type == "cpu":
-        return spec.linear_bytes
-    return spec.linear_bytes if settings.memory == "default" and _may_prepack(weights[0]) else 0
+    on_cpu = weights[0].device.type == "cpu" and not on_gpu(weights[0].device)
+    copied = (
+        computing != own
+        or (settings.batch_invariant and weights[0].device.type == "cpu")
+        or (settings.memory == "default" and _may_prepack(weights[0]))
+    )
+    if copied and on_cpu and cpu_native.in_fixed_point(computing):
+        return sum(cpu_native.fixed_point_bytes(*weight.shape) for weight in weights)
+    return spec.linear_bytes // own.itemsize * computing.itemsize if copied else 0
 
 
 def joinable(layer: nn.Module, names: NameMap) -> list[list[Any]]:

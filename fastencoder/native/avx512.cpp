@@ -14,6 +14,7 @@ namespace avx512 {
 #include "add_norm.inc"
 #include "embed_norm.inc"
 #include "attention.inc"
+#include "finish.inc"
 #include "linear.inc"
 #include "layer.inc"
 }  // namespace avx512

@@ -5,7 +5,7 @@
 
 namespace fastencoder {
 
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFixed16 = 3 };  // kFixed16: of packed weights only
 
 // varlen_attention of kernels/varlen_attention/__init__.py, without softcap.
 struct Attention {
@@ -70,6 +70,13 @@ struct Linear {
     int64_t threads;
 };
 
+// Outputs of a weight [count, inputs] that become those from `first` on of a packed one in fixed point, as `fixed.inc` says.
+struct Packing {
+    const void* weight;
+    int16_t* out;
+    int64_t dtype, row, count, inputs, first, threads;  // row: stride
+};
+
 // A whole layer with plain attention: x [T, D] -> out [T, D] in float32, as `layers/program.py` says. Weights are packed, all of
 // them, or contiguous; vectors beside them are float32 or of their dtype. Null where there is none.
 struct Layer {
@@ -111,6 +118,11 @@ bool linear(const Linear& a);
 bool layer(const Layer& layer, const LayerCall& call);
 void round_to_bf16(float* x, int64_t n);
 int64_t panel_width();
+}
+namespace vnni {
+bool linear(const Linear& a);  // of a weight of kFixed16, whose vectors are float32 or bfloat16
+void pack(const Packing& a);
+int64_t packed_panel_size(int64_t inputs);
 }
 namespace avx2 {
 bool attention(const Attention& a);

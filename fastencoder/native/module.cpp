@@ -56,14 +56,15 @@ class Arguments {
     bool missing_ = false;
 };
 
-enum Isa { kNone, kAvx2, kAvx512 };
+enum Isa { kNone, kAvx2, kAvx512, kAvx512Vnni };
 
 Isa best_isa() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kNone;
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return wide ? kAvx512 : kAvx2;
+    if (!wide) return kAvx2;
+    return __builtin_cpu_supports("avx512vnni") ? kAvx512Vnni : kAvx512;
 }
 
 // Whether the sequences are inside of `rows` tokens and none is longer than `longest`: what follows reads and writes there.
@@ -108,7 +109,7 @@ PyObject* attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
     for (int64_t* x : {&a.rel_h_token, &a.rel_h_head, &a.rel_w_token, &a.rel_w_head, &a.grid_width}) *x = from.integer();
     a.threads = from.integer();
     if (!from.ok() || !inside(a.offsets, a.sequences, tokens, longest)) return nullptr;
-    return unlocked([&] { return (isa == kAvx512 ? avx512::attention : avx2::attention)(a); });
+    return unlocked([&] { return (isa >= kAvx512 ? avx512::attention : avx2::attention)(a); });
 }
 
 // (isa, x, residual, ...): the members of AddNorm in their order.
@@ -122,7 +123,7 @@ PyObject* add_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     a.eps = from.real();
     a.threads = from.integer();
     if (!from.ok()) return nullptr;
-    return unlocked([&] { return (isa == kAvx512 ? avx512::add_norm : avx2::add_norm)(a); });
+    return unlocked([&] { return (isa >= kAvx512 ? avx512::add_norm : avx2::add_norm)(a); });
 }
 
 // (isa, dtype, vector_dtype, rows, dim, eps, threads, weight, bias, out), then for each table its members in their order.
@@ -141,7 +142,7 @@ PyObject* embed_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (!from.ok()) return nullptr;
     Outcome outcome;
     PyObject* done = unlocked([&] {
-        outcome = (isa == kAvx512 ? avx512::embed_norm : avx2::embed_norm)(a);
+        outcome = (isa >= kAvx512 ? avx512::embed_norm : avx2::embed_norm)(a);
         return outcome != kNoMemory;
     });
     if (!done || outcome == kDone) return done;
@@ -173,7 +174,7 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
                        &a.threads})
         *x = from.integer();
     if (!from.ok()) return nullptr;
-    return unlocked([&] { return (isa == kAvx512 ? avx512::linear : avx2::linear)(a); });
+    return unlocked([&] { return (isa >= kAvx512 ? avx512::linear : avx2::linear)(a); });
 }
 
 // (isa, layers, rounded, x, out, ...): the bytes of one Layer after the other, whether the tokens are rounded to bfloat16 behind
@@ -186,8 +187,8 @@ PyObject* layers(PyObject*, PyObject* const* given, Py_ssize_t count) {
     from.address(call.x), from.address(call.out), from.address(call.offsets);
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
     if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
-    auto run = isa == kAvx512 ? avx512::layer : avx2::layer;
-    auto round = isa == kAvx512 ? avx512::round_to_bf16 : avx2::round_to_bf16;
+    auto run = isa >= kAvx512 ? avx512::layer : avx2::layer;
+    auto round = isa >= kAvx512 ? avx512::round_to_bf16 : avx2::round_to_bf16;
     return unlocked([&] {
         for (int64_t i = 0; i < number; i++, call.x = call.out) {
             if (!run(layers[i], call)) return false;
@@ -198,20 +199,37 @@ PyObject* layers(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {
-    int64_t wide = PyLong_AsLongLong(isa) == kAvx512;
+    int64_t wide = PyLong_AsLongLong(isa) >= kAvx512;
     return PyErr_Occurred() ? nullptr : PyLong_FromLong(wide ? avx512::panel_width() : avx2::panel_width());
+}
+
+// (weight, out, ...): the members of Packing in their order.
+PyObject* pack(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    Arguments from(given, count);
+    Packing a;
+    from.address(a.weight), from.address(a.out);
+    for (int64_t* x : {&a.dtype, &a.row, &a.count, &a.inputs, &a.first, &a.threads}) *x = from.integer();
+    if (!from.ok()) return nullptr;
+    return unlocked([&] { return vnni::pack(a), true; });
+}
+
+PyObject* packed_panel_size(PyObject*, PyObject* inputs) {
+    int64_t size = vnni::packed_panel_size(PyLong_AsLongLong(inputs));
+    return PyErr_Occurred() ? nullptr : PyLong_FromLong(size);
 }
 
 PyObject* isa(PyObject*, PyObject*) { return PyLong_FromLong(best_isa()); }
 
 PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512."},
+    {"isa", isa, METH_NOARGS, "The best instruction set of this processor: 0 none, 1 AVX2, 2 AVX-512, 3 with VNNI."},
     {"attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention)), METH_FASTCALL, nullptr},
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
     {"embed_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(embed_norm)), METH_FASTCALL, nullptr},
     {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unchanged)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
     {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layers)), METH_FASTCALL, nullptr},
+    {"pack", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pack)), METH_FASTCALL, nullptr},
+    {"packed_panel_size", packed_panel_size, METH_O, "Numbers of a panel in fixed point, given the inputs."},
     {"panel_width", panel_width, METH_O, "Columns of a panel of a packed weight, given the instruction set."},
     {},
 };

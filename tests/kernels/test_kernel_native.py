@@ -54,16 +54,68 @@ def test_linear(name, dtype, activation, rows, outputs, inputs):
     eps = torch.finfo(torch.float32).eps
     assert_within(plain, product, inputs * eps * terms + 1e-30)
     expected = ACTIVATIONS[activation](product + bias.double())
-    bound = 1.2 * (8 + inputs) * eps * (terms + bias.double().abs() + 1)  # no activation is steeper than 1.2
-    for out in outs:
+    bound = (8 + inputs) * eps * (terms + bias.double().abs() + 1)
+    fixed_point = _fixed_point_bound(x, weight) if _is_fixed_point(name, dtype) else 0
+    for out, product_bound in zip(outs, (bound, bound + fixed_point), strict=True):
         assert_within(
             out,
             expected * scale.double() + residual.double(),
-            bound * scale.double().abs() + 4 * eps * (residual.abs().double() + (expected * scale.double()).abs()),
+            1.2 * product_bound * scale.double().abs()  # no activation is steeper than 1.2
+            + 4 * eps * (residual.abs().double() + (expected * scale.double()).abs()),
         )
     assert of_bf16.dtype == torch.bfloat16
     rounded = x.bfloat16().double() @ weight.double().T
     assert_within(of_bf16, rounded, rounding(torch.bfloat16) * rounded.abs() + inputs * eps * terms + 1e-30)
+
+
+def _is_fixed_point(name: str, dtype: torch.dtype) -> bool:
+    return name == "cpu avx512_vnni" and dtype == torch.bfloat16
+
+
+def _fixed_point_bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """How far a product in fixed point may be off: in each block of 128 both factors by half of what their scales count."""
+    bound = 0
+    for a, b in zip(x.double().abs().split(128, dim=1), weight.double().abs().split(128, dim=1), strict=True):
+        step_a = a.amax(1, keepdim=True) / 32767 / 2
+        step_b = torch.maximum(b.amax(1, keepdim=True) / 32767, b.sum(1, keepdim=True) / (65535 - 128)) / 2
+        bound = bound + a.sum(1, keepdim=True) * step_b.T + step_a * (b.sum(1) + a.shape[1] * step_b.T)
+    return bound
+
+
+needs_vnni = pytest.mark.skipif(native.best < 3, reason="no extension, or no VNNI here")
+
+
+@needs_vnni
+@pytest.mark.parametrize("signs", ["alike", "random"])
+@pytest.mark.parametrize(
+    ("size_x", "size_weight"), [(1.0, 1.0), (1e-20, 1e20), (1e25, 1e-25), (3e38, 1e-5), (1e-38, 1.0), (0.0, 1.0), (1.0, 0.0)]
+)
+def test_fixed_point_leaves_no_sum_of_products_outside_of_32_bits(signs, size_x, size_weight):
+    """Factors that are all alike add up to the most that a block can hold."""
+    x, weight = torch.full((7, 300), size_x), torch.full((70, 300), size_weight).to(torch.bfloat16)
+    if signs == "random":
+        x = x * random(0, *x.shape, dtype=x.dtype, device="cpu").sign()
+        weight = weight * random(1, *weight.shape, dtype=weight.dtype, device="cpu").sign()
+    x[1], weight[3] = -x[1], -weight[3]
+    x[2, :128], weight[5, 128:] = 0, 0
+    with implementation("cpu avx512_vnni"):
+        out = cpu_native.linear(x, cpu_native.pack(weight), None)
+    eps = torch.finfo(torch.float32).eps
+    terms = x.double().abs() @ weight.double().abs().T
+    assert_within(out, x.double() @ weight.double().T, _fixed_point_bound(x, weight) + 8 * eps * terms + 1e-27)
+
+
+@needs_vnni
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_lost_in_fixed_point(value):
+    """In its own row or column, and nowhere else."""
+    x, weight = (random(seed, n, 300, dtype=torch.bfloat16, device="cpu") for seed, n in ((0, 9), (1, 70)))
+    x, sound = x.float(), torch.ones(9, 70, dtype=torch.bool)
+    x[4, 200], weight[66, 7] = value, value
+    sound[4], sound[:, 66] = False, False
+    with implementation("cpu avx512_vnni"):
+        out = cpu_native.linear(x, cpu_native.pack(weight), None)
+    assert torch.equal(out.isfinite(), sound)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -86,7 +138,8 @@ def test_vectors_of_other_dtypes(name):
     with implementation(name):
         out = cpu_native.linear(x, cpu_native.pack(weight), bias, scale=scale)
     expected = (x.double() @ weight.double().T + bias.double()) * scale.double()
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    fixed_point = _fixed_point_bound(x, weight) * scale.double().abs() if _is_fixed_point(name, weight.dtype) else 0
+    assert_within(out, expected, 1e-5 * expected.abs() + 1e-4 + fixed_point)
 
 
 @pytest.mark.parametrize("name", NATIVE)

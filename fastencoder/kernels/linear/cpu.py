@@ -28,6 +28,7 @@ _IN_PLACE = {
     "relu": torch.relu_,
     "silu": lambda x: F.silu(x, inplace=True),
 }
+_MANY = 2**20  # tokens
 _PREPACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -99,11 +100,16 @@ def float32_is_faster(dtype: torch.dtype, tokens: int) -> bool:
 
     bfloat16 without AMX multiplies at 0.6 times the rate of float32 on an x86 processor (measured: 165 against 290 GFLOP/s on
     two cores of a Xeon that has AVX-512 and hides AMX, from 64 tokens on); the answers are the more exact for it. The extension
-    reads the weights in bfloat16 and multiplies in float32, for any number of tokens.
+    reads the weights in bfloat16 and takes float32, for any number of tokens.
     """
     if dtype != torch.bfloat16:
         return False
     return cpu_native.multiplies(dtype) or (tokens >= 64 and _is_x86_without_amx())
+
+
+def is_faster_than_float32(dtype: torch.dtype) -> bool:
+    """Whether products with a copy of a weight in this dtype are faster than with one in float32."""
+    return cpu_native.in_fixed_point(dtype) or not float32_is_faster(dtype, _MANY)
 
 
 @cache
