@@ -319,7 +319,11 @@ class FastLayer(nn.Module):
             if call.may_carry is None:
                 call.may_carry = (few or batch.indices is not None or graphs is not None) and _may_carry(stack, call)
             if (few or graphs is not None) and call.may_carry and _runs_whole(call):
-                call.whole_output = run_few(call, batch, hidden) if few else run_whole(graphs, call, batch, hidden)
+                if few:
+                    ready = binding, self._fastencoder.projections
+                    call.whole_output = run_few(call, batch, hidden, ready)
+                else:
+                    call.whole_output = run_whole(graphs, call, batch, hidden)
                 if call.whole_output is not None:
                     call.whole_input = hidden
                     return self._pass_on(adapter, call)

@@ -14,34 +14,39 @@ from ..kernels.varlen_attention import query_block
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 from . import trial
+from .binding import Binding
 from .guards import Delegated, refuse_layers_mode, refuse_mode
 from .native_layer import run_layers
 from .program import run_layer
 from .stack import StackCall
+from .weights import Projections
 
 FEW_TOKENS = 64  # on the CPU, up to which what lies between the layers is a good part of the time
 
 
-def run_few(call: StackCall, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor | None:
-    """The output of all layers of `call` for few tokens on the CPU, `[B, S, D]`, given the input of the first; None if the
-    layers have to run one by one."""
+def run_few(
+    call: StackCall, batch: PackedBatch, hidden: torch.Tensor, first: tuple[Binding, Projections]
+) -> torch.Tensor | None:
+    """The output of all layers of `call` for few tokens on the CPU, `[B, S, D]`, given the input of the first, which is ready;
+    None if the layers have to run one by one."""
     if any(layer._fastencoder.to_prove for layer in call.schedule):
         return None
-    layers, first, tokens = [], None, sum(batch.lengths)
+    ready, layers, tokens = {call.schedule[0]: first}, [], sum(batch.lengths)
     try:
         for layer in call.schedule:
-            binding, projections = layer._fastencoder.ready(layer)
-            refuse_layers_mode(layer, hidden)
+            if layer not in ready:  # ALBERT's layers run several times
+                ready[layer] = layer._fastencoder.ready(layer)
+                refuse_layers_mode(layer, hidden)
+            binding, projections = ready[layer]
             native = projections.native_layer
             if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
                 return None
             if not native.runs(hidden, projections.working_dtype(tokens)):
                 return None
-            first = first or projections
             layers.append((binding, native))
     except Delegated:
         return None
-    values = first.entering(batch.take(hidden))
+    values = first[1].entering(batch.take(hidden))
     return batch.to_padded(run_layers(layers, batch, values).to(hidden.dtype))
 
 
