@@ -167,8 +167,8 @@ def test_a_row_does_not_depend_on_its_neighbours(name, dtype):
                 assert torch.equal(
                     mixed[start : start + 130], varlen_attention(*alone, offsets_of([130], "cpu"), 130, 0.2)
                 )
-                normed, _ = add_norm(x, None, weight[0], None, 1e-5)
-                assert torch.equal(normed[3:4], add_norm(x[3:4], None, weight[0], None, 1e-5)[0])
+                normed, _ = add_norm(x, None, weight[0].float(), None, 1e-5)
+                assert torch.equal(normed[3:4], add_norm(x[3:4], None, weight[0].float(), None, 1e-5)[0])
             results.append((whole, mixed, normed))
     finally:
         torch.set_num_threads(threads)
