@@ -13,6 +13,7 @@ from torch import nn
 from fastencoder import AlreadyFastError, NotEligibleError, explain, fast, is_fast, reverse, to_fast, warmup
 from fastencoder.kernels.linear import cpu as linear_cpu
 from fastencoder.layers import weights
+from fastencoder.layers.settings import COMPUTE_DTYPES
 from fastencoder.layers.stack import Stack
 from fastencoder.layers.weights import Projections
 from fastencoder.runtime import graphs
@@ -126,6 +127,17 @@ def test_float32_inside_a_model_of_16_bits() -> None:
     assert output.dtype == BF16
     assert tiny.relative_error(output, exact, batch["attention_mask"]) < 0.7 * stock
     assert explain(model).extra_bytes == 2 * sum(p.nbytes for p in model.encoder.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
+def test_a_model_of_float64(dtype) -> None:
+    """No kernel multiplies its weights as they are."""
+    model, batch = tiny.bert().double(), tiny.ragged()
+    exact = _run(model, batch)
+    output = _run(to_fast(model, compute_dtype=dtype), batch)
+    assert output.dtype == torch.float64
+    assert 0 < tiny.relative_error(output, exact, batch["attention_mask"]) < 10 * torch.finfo(dtype).eps
+    assert tiny.calls(model) == (3, 0)
 
 
 def test_a_model_in_that_dtype_already_is_as_without() -> None:

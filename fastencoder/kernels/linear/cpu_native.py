@@ -55,12 +55,12 @@ def in_fixed_point(dtype: torch.dtype) -> bool:
 
 def pack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> Panels:
     """A copy of one weight ``[N, K]``, or of several as if they were one, in ``dtype`` (None: their own). It takes no other
-    memory on the way."""
+    memory on the way, unless float64 becomes fixed point."""
     dtype = weights[0].dtype if dtype is None else dtype
-    if in_fixed_point(dtype):
-        return _pack_fixed_point(weights)
-    width = native.library.panel_width(native.current)
     outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+    if in_fixed_point(dtype):
+        return Panels(_fixed_point_panels(weights, outputs, inputs), outputs, native.current, dtype)
+    width = native.library.panel_width(native.current)
     panels = weights[0].new_empty(-(-outputs // width), inputs, width, dtype=dtype)
     by_output, row = panels.transpose(1, 2), 0
     for weight in weights:
@@ -71,18 +71,18 @@ def pack(*weights: torch.Tensor, dtype: torch.dtype | None = None) -> Panels:
     return Panels(panels, outputs, native.current, dtype)
 
 
-def _pack_fixed_point(weights: tuple[torch.Tensor, ...]) -> Panels:
-    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+def _fixed_point_panels(weights: tuple[torch.Tensor, ...], outputs: int, inputs: int) -> torch.Tensor:
     panels_shape = -(-outputs // native.library.panel_width(native.current)), native.library.packed_panel_size(inputs)
     panels, row = torch.zeros(panels_shape, dtype=torch.int16), 0
     for weight in weights:
-        source = weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
+        source = weight.detach() if weight.dtype in native.DTYPES else weight.detach().float()
+        source = source if source.stride(1) == 1 else source.contiguous()
         native.library.pack(
             *(source.data_ptr(), panels.data_ptr(), native.DTYPES[source.dtype], source.stride(0), len(source), inputs, row),
             torch.get_num_threads(),
         )
         row += len(source)
-    return Panels(panels, outputs, native.current, torch.bfloat16)
+    return panels
 
 
 def fixed_point_bytes(outputs: int, inputs: int) -> int:
