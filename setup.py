@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 
 native = Extension(
     "fastencoder._native",
-    sources=[f"fastencoder/native/{name}.cpp" for name in ("module", "tasks", "avx2", "avx512", "avx512_vnni")],
+    sources=[f"fastencoder/native/{name}.cpp" for name in ("module", "unchanged", "tasks", "avx2", "avx512", "avx512_vnni")],
     depends=sorted(map(str, Path("fastencoder/native").glob("*.[hi]*"))),
     # No -ffast-math: NaN and infinity have to come out where they go in.
     # The warning is about g++'s own headers of intrinsics.

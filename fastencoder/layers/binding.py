@@ -22,7 +22,7 @@ from ..spec import LINEAR_SLOTS, NORM_SLOTS, Adapter, LayerSpec
 _WITHOUT_MODES = (nn.Linear, nn.LayerNorm, nn.Identity)
 
 
-class _Watched(NamedTuple):
+class Watched(NamedTuple):
     module: nn.Module
     state: dict[str, Any]  # the module's attributes
     cls: type
@@ -39,6 +39,10 @@ class Binding:
         linears: what is in the linear slots, by slot.
         norms: the norm modules, by slot.
         activation, feed_forward, attention: the modules of those names in the spec's name map; None where there is none.
+        layer_children: the layer's own modules, as they were found.
+        watched: those inside of it, likewise.
+        holders: the modules that hold the parameters of the spec's slots.
+        attention_state: the attributes of the module that has the attention's configuration, which names an `implementation`.
         memo: what the kind of attention keeps as long as the layer stays as it is.
     """
 
@@ -47,16 +51,16 @@ class Binding:
         self.adapter = adapter
         self.spec: LayerSpec | None = finding.spec
         self.reasons = finding.reasons
-        self._watched = [
-            _Watched(module, vars(module), type(module), tuple(module._modules.values()), touched(module))
+        self.watched = [
+            Watched(module, vars(module), type(module), tuple(module._modules.values()), touched(module))
             for module in layer.modules()
             if module is not layer
         ]
-        self._modal = [watched.module for watched in self._watched if watched.cls not in _WITHOUT_MODES]
+        self._modal = [watched.module for watched in self.watched if watched.cls not in _WITHOUT_MODES]
         self._names = self.spec.names if self.spec is not None else adapter.names[0]
-        self._attention_state = vars(lookup(layer, self._names.attention) or layer)
-        self._implementation = attention_implementation(layer, self._names)
-        self._layer_children = tuple(layer._modules.values())
+        self.attention_state = vars(lookup(layer, self._names.attention) or layer)
+        self.implementation = attention_implementation(layer, self._names)
+        self.layer_children = tuple(layer._modules.values())
         self._layer_patched = not runs_own_forward(layer)
         if self.spec is None:
             self._tensors = _tensors(layer)
@@ -69,8 +73,8 @@ class Binding:
             slot: lookup(layer, path) for slot, path in names.given(NORM_SLOTS).items()
         }
         parts = [*self.linears.values(), *self.norms.values()]
-        self._holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]
-        self._holders += [holder for path in adapter.extra_parameters for holder in _holders_of(layer, path)]
+        self.holders = [part.owner if isinstance(part, ParameterPair) else part for part in parts]
+        self.holders += [holder for path in adapter.extra_parameters for holder in _holders_of(layer, path)]
         self._norm_kinds = {slot: norm_kind(module) for slot, module in self.norms.items()}
         self.activation = lookup(layer, names.activation) if names.activation else None
         self.feed_forward = lookup(layer, names.feed_forward) if names.feed_forward else None
@@ -88,11 +92,11 @@ class Binding:
     def holds(self, layer: nn.Module) -> bool:
         """Whether the layer is still made of the same modules, neither hooked nor patched since. Runs before every call of
         every layer, so it looks no further than it must."""
-        if tuple(layer._modules.values()) != self._layer_children:
+        if tuple(layer._modules.values()) != self.layer_children:
             return False
         if (self._layer_patched or "forward" in vars(layer)) and self._layer_patched == runs_own_forward(layer):
             return False
-        for module, state, cls, children, was_touched in self._watched:
+        for module, state, cls, children, was_touched in self.watched:
             if type(module) is not cls:
                 return False
             suspect = was_touched or "forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]
@@ -101,14 +105,10 @@ class Binding:
             present = state["_modules"]
             if (children or present) and tuple(present.values()) != children:
                 return False
-        if getattr(self._attention_state.get("config"), "_attn_implementation", None) != self._implementation:
+        if getattr(self.attention_state.get("config"), "_attn_implementation", None) != self.implementation:
             return False
         # Where there is a spec, `Projections` watches the tensors.
         return self.spec is not None or _tensors(layer) == self._tensors
-
-    def parameters(self) -> list[torch.Tensor | None]:
-        """Every parameter that the spec's slots hold, in the same order each time. Runs before every call."""
-        return [parameter for part in self._holders for parameter in part._parameters.values()]
 
     def norm(self, slot: str) -> Norm | None:
         """The numbers of a norm as they are now; None if it has to be called as it is."""
@@ -133,6 +133,12 @@ class Binding:
             return scales
         size = self.spec.hidden_size
         return tuple(None if gate is None else gate.tanh().expand(size) for gate in scales)
+
+    def attributes(self) -> list[tuple[nn.Module, str]]:
+        """Where `scale`, `eps` and `layer_scales` look: modules and the names of their attributes."""
+        norms = [(self.norms[slot], kind.eps_name) for slot, kind in self._norm_kinds.items() if kind is not None]
+        scales = [(self.scale_owner, self.scale_name), *self._scales]
+        return norms + [(owner, name) for owner, name in scales if owner is not None]
 
     def any_training(self) -> bool:
         """Whether some inner module that has a training mode (a dropout, say) is in it although the layer is not."""

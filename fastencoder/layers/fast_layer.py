@@ -29,6 +29,7 @@ from .joined import apart, separate
 from .packed_input import within_sequences
 from .program import run_layer
 from .settings import DEFAULT, Settings, plain_weights
+from .snapshot import Part
 from .stack import Stack, StackCall, abandon_call, collected_outputs, current_call
 from .traffic import Traffic
 from .weights import Projections, joinable
@@ -134,6 +135,8 @@ class LayerState:
 
     def _prepare(self, layer: nn.Module) -> None:
         self.projections, self.starved, self.refusal = None, False, None
+        if self.stack is not None:
+            self.stack.snapshot = None  # which would keep a copy of weights that are no longer used
         self.binding = Binding(layer, type(layer).original_class, self.adapter)
         if self.binding.spec is None:
             return
@@ -164,11 +167,14 @@ class FastLayer(nn.Module):
         state = getattr(self, "_fastencoder", None)
         if state is None:  # `reverse` ran since this method was looked up
             return self.forward(*args, **kwargs)
+        call = current_call(state.stack)
+        if call is not None and call.repeats(type(self), args, kwargs):
+            state.fast_calls += 1
+            return self._pass_on(state.adapter, call)
         if state.settings.batch_invariant and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             raise BatchVariantError("it is being compiled or traced")
         if torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
-        call = current_call(state.stack)
         if torch.compiler.is_compiling() or (call is not None and isinstance(call.batch, traced.TracedBatch)):
             return traced.forward(self, call, args, kwargs)
         if call is not None and call.has_ended:
@@ -222,8 +228,6 @@ class FastLayer(nn.Module):
 
     def _forward_fast(self, state: LayerState, call: StackCall | None, args: tuple, kwargs: dict) -> Any:
         adapter = state.adapter
-        if call is not None and call.whole_output is not None and call.repeats(type(self), args, kwargs):
-            return self._pass_on(adapter, call)
         others = self._arguments(args, kwargs)
         hidden, mask = others.pop(first_parameter(type(self).original_class), None), others.pop(adapter.mask, None)
         refuse_arguments(others, state.understood)
@@ -239,7 +243,7 @@ class FastLayer(nn.Module):
             )
         refuse_hidden(hidden, (2, 3) if adapter.offsets else (4,) if adapter.grid else (3,))
         refuse_mode(self, hidden)
-        binding, projections = state.ready(self)
+        part = binding, projections = self._ready(state, call)
         if state.to_prove:
             self._prove(call, hidden, args, kwargs)
         carried = call is not None and call.carried is hidden  # in the dtype in which the layers compute
@@ -248,7 +252,7 @@ class FastLayer(nn.Module):
         if not fits or hidden.device != projections.device:
             raise Delegated("the hidden states have another dtype or device than the weights")
         run = partial(run_layer, binding, projections, layer=self, arguments=others, mask=mask)
-        output = self._run(run, binding, call, hidden, mask, others)
+        output = self._run(run, part, call, hidden, mask, others)
         if call is not None and call.whole_output is not None:
             call.accepted = type(self), args, kwargs
         if adapter.gives_back:
@@ -256,15 +260,24 @@ class FastLayer(nn.Module):
             output = (output[0], *given_back, *output[1 + len(given_back) :])
         return output
 
+    def _ready(self, state: LayerState, call: StackCall | None) -> Part:
+        """As `LayerState.ready`, for all layers at once where that is known to be possible."""
+        known = state.stack.snapshot if call is not None and call.position == 0 else None
+        # Where gradients are on, each layer is asked whether it needs one.
+        if known is not None and not torch.is_grad_enabled() and call.next_layer() is self and known.holds(call.schedule):
+            call.snapshot = known
+            return known.parts[0]
+        return state.ready(self)
+
     def _run(
-        self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
+        self, run: Run, part: Part, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
     ) -> Any:
         """In the form in which the hidden states arrive: packed by the layer before, by the owner, nested, or padded."""
-        adapter = binding.spec.adapter
+        adapter = part[0].spec.adapter
         if adapter.offsets and (adapter.offsets in others or hidden.dim() == 2):
             return self._run_packed_by_owner(run, adapter, call, hidden, mask, others)
         if adapter.grid:
-            return self._run_grid(run, binding, call, hidden, mask, others)
+            return self._run_grid(run, part, call, hidden, mask, others)
         if hidden.is_nested:
             return self._run_nested(run, adapter, hidden, mask)
         if call is not None and call.carried is hidden:
@@ -273,7 +286,7 @@ class FastLayer(nn.Module):
             if mask is not None:
                 raise Delegated("both a mask and cu_seq_lens_q are given")
             return self._run_already_packed(run, adapter, call, hidden, others)
-        return self._run_padded(run, binding, call, hidden, mask)
+        return self._run_padded(run, part, call, hidden, mask)
 
     def _prove(self, call: StackCall | None, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         carried = call is not None and call.carried is hidden
@@ -291,18 +304,19 @@ class FastLayer(nn.Module):
         return given
 
     def _run_grid(
-        self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
+        self, run: Run, part: Part, call: StackCall | None, hidden: torch.Tensor, mask: Any, others: dict[str, Any]
     ) -> Any:
         """Images `[B, h, w, D]` or `[B, D, h, w]`, in and out."""
-        channels_first = binding.spec.adapter.grid == "channels first"
+        channels_first = part[0].spec.adapter.grid == "channels first"
         grid = hidden.permute(0, 2, 3, 1) if channels_first else hidden
         others["grid"] = tuple(grid.shape[1:3])
-        output = self._run_padded(run, binding, call, grid.flatten(1, 2), mask)
+        output = self._run_padded(run, part, call, grid.flatten(1, 2), mask)
         values = (output[0] if isinstance(output, tuple) else output).view(grid.shape)
         values = values.permute(0, 3, 1, 2) if channels_first else values
         return (values, *output[1:]) if isinstance(output, tuple) else values
 
-    def _run_padded(self, run: Run, binding: Binding, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
+    def _run_padded(self, run: Run, part: Part, call: StackCall | None, hidden: torch.Tensor, mask: Any) -> Any:
+        binding, projections = part
         adapter = binding.spec.adapter
         if adapter.time_major:
             hidden = hidden.transpose(0, 1)
@@ -320,14 +334,13 @@ class FastLayer(nn.Module):
                 call.may_carry = (few or batch.indices is not None or graphs is not None) and _may_carry(stack, call)
             if (few or graphs is not None) and call.may_carry and _runs_whole(call):
                 if few:
-                    ready = binding, self._fastencoder.projections
-                    call.whole_output = run_few(call, batch, hidden, ready)
+                    call.whole_output = run_few(stack, call, batch, hidden, part)
                 else:
                     call.whole_output = run_whole(graphs, call, batch, hidden)
                 if call.whole_output is not None:
                     call.whole_input = hidden
                     return self._pass_on(adapter, call)
-        values = run(batch, self._fastencoder.projections.entering(batch.take(hidden)))
+        values = run(batch, projections.entering(batch.take(hidden)))
         return self._hand_over(adapter, call, batch, values)
 
     def _run_carried(self, run: Run, adapter: Adapter, call: StackCall) -> Any:
@@ -343,15 +356,14 @@ class FastLayer(nn.Module):
         return _as_original(adapter, _padded(adapter, batch, self._fastencoder.leaving(batch, values)))
 
     def _pass_on(self, adapter: Adapter, call: StackCall) -> Any:
-        """All layers have run already: the last one returns what came out, those before it a stand-in of its shape."""
+        """All layers have run already: the last one returns what came out. Those before it do so as well, which tells the next
+        one that its turn has come."""
         call.advance(self)
+        output = call.carried = call.whole_output
         if call.next_layer() is None:
             call.carried = None
-            output = call.whole_output
-            return _as_original(adapter, output.transpose(0, 1) if adapter.time_major else output)
-        if call.carried is None:
-            call.carried = call.whole_output.new_empty(()).expand(1, sum(call.batch.lengths), call.whole_output.shape[2])
-        return _as_original(adapter, call.carried)
+            output = output.transpose(0, 1) if adapter.time_major else output
+        return _as_original(adapter, output)
 
     def _run_nested(self, run: Run, adapter: Adapter, hidden: torch.Tensor, mask: Any) -> Any:
         if mask is not None:
@@ -406,7 +418,7 @@ class FastLayer(nn.Module):
                 padded = _padded(self._fastencoder.adapter, call.batch, self._fastencoder.leaving(call.batch, values))
                 args = tuple(padded if value is carried else value for value in args)
                 kwargs = {name: padded if value is carried else value for name, value in kwargs.items()}
-                call.carried = call.whole_output = None
+                call.carried = call.whole_output = call.accepted = None
             call.advance(self)
         args = tuple(restored(value) for value in args)
         kwargs = {name: restored(value) for name, value in kwargs.items()}

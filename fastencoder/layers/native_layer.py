@@ -7,7 +7,6 @@ which is most of it for few tokens, and their buffers.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
@@ -97,22 +96,18 @@ class NativeLayer:
         return fields
 
 
-def run_layers(layers: Sequence[tuple[Binding, NativeLayer]], batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    """One layer after the other: `[T, D]` -> `[T, D]` in the dtype of `x`, to which every layer's output is rounded."""
-    values = x.to(torch.float32)
+def run_layers(isa: int, fields: bytes, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
+    """One layer after the other, given the `fields` of each: `[T, D]` -> `[T, D]` in the dtype of `x`, to which every layer's
+    output is rounded."""
+    dtype = x.dtype
+    values = x if dtype == torch.float32 else x.to(torch.float32)
     out = torch.empty_like(values)
+    offsets = batch.offsets
     native.library.layers(
-        layers[0][1].isa,
-        b"".join([layer.fields(binding) for binding, layer in layers]),
-        x.dtype == torch.bfloat16,
-        values.data_ptr(),
-        out.data_ptr(),
-        batch.offsets.data_ptr(),
-        batch.offsets.shape[0] - 1,
-        x.shape[0],
-        torch.get_num_threads(),
+        *(isa, fields, dtype == torch.bfloat16, values.data_ptr(), out.data_ptr()),
+        *(offsets.data_ptr(), offsets.shape[0] - 1, x.shape[0], torch.get_num_threads()),
     )
-    return out.to(x.dtype)
+    return out if dtype == torch.float32 else out.to(dtype)
 
 
 def native_layer(

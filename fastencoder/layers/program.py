@@ -34,7 +34,7 @@ def run_layer(
     spec, native = binding.spec, projections.native_layer
     working_dtype = projections.working_dtype(x.shape[0])
     if native is not None and native.runs(x, working_dtype):
-        return run_layers([(binding, native)], batch, x)
+        return run_layers(native.isa, native.fields(binding), batch, x)
     call = LayerCall(binding, projections, batch, layer, {} if arguments is None else arguments, mask)
     if spec.wide:
         return _pre_ln_wide(call, x, working_dtype)

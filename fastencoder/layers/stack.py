@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from operator import is_
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from ..namespaces import namespace_of
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 from .traffic import Traffic, is_executing
+
+if TYPE_CHECKING:
+    from .snapshot import Snapshot
 
 
 @dataclass
@@ -44,6 +47,7 @@ class StackCall:
         whole_input, whole_output: padded hidden states before the first and after the last layer, where all layers have run
             at once.
         accepted: then, the class and the arguments of a layer that was called and checked.
+        snapshot: what the layers are, where that was known when the first of them was called.
         frame: that which calls the owner; None while a graph is made.
     """
 
@@ -59,6 +63,7 @@ class StackCall:
     whole_input: torch.Tensor | None = None
     whole_output: torch.Tensor | None = None
     accepted: tuple[type, tuple, dict[str, Any]] | None = None
+    snapshot: Snapshot | None = None
     frame: FrameType | None = None
 
     @property
@@ -67,15 +72,18 @@ class StackCall:
         return self.frame is not None and not is_executing(self.frame)
 
     def repeats(self, layer_class: type, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a layer is called with the stand-in that the one before returned, and otherwise with what was accepted."""
-        known_class, known, named = self.accepted or (None, (), {})
+        """Whether all layers have run, and this one is called with what the one before returned and otherwise with what was
+        accepted."""
+        if self.accepted is None or not args or args[0] is not self.carried or self.carried is None:
+            return False
+        known_class, known, named = self.accepted
         return (
             layer_class is known_class
-            and len(args) == len(known) > 0
-            and args[0] is self.carried
+            and len(args) == len(known)
             and all(map(is_, args[1:], known[1:]))
-            and kwargs.keys() == named.keys()
-            and all(value is named[name] for name, value in kwargs.items())
+            and [*kwargs] == [*named]
+            and all(map(is_, kwargs.values(), named.values()))
+            and not self.has_ended
         )
 
     def known_batch(self, mask: torch.Tensor | None, batch: int, seqlen: int) -> PackedBatch | None:
@@ -125,6 +133,9 @@ class Stack:
         reader: path from the converted model of the one module that reads what the loop keeps (`spec.Adapter.kept_for`); None
             if the owner's own argument says whether somebody reads it.
         traffic: which forwards of the converted model run.
+
+    Attributes:
+        snapshot: what its layers were when they last ran at once on the CPU.
     """
 
     def __init__(
@@ -144,6 +155,10 @@ class Stack:
         self.graphs = graphs
         self.reader = reader
         self.traffic = traffic or Traffic()
+        self.snapshot: Snapshot | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"snapshot": None}  # a copy has layers of its own
 
     def layers_of(self, owner: nn.Module) -> list[nn.Module]:
         """The layers in call order, as they are now."""

@@ -64,9 +64,10 @@ class Projections:
         self.layout = _layout(binding, settings, self.compute_dtype)
         self.fuses_residual = self.layout == "prepacked"
         self._probes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.native_probes = b""
         if self.layout in ("prepacked", "cast"):
             self._probes = [_probe(linear.weight) for linear in plain.values()]
-            self._native_probes = b"".join(_native_probe(*probe) for probe in self._probes)
+            self.native_probes = b"".join(_native_probe(*probe) for probe in self._probes)
         self._activation = binding.activation
         # Where the activation of a gated `up` has to be the extension's: PyTorch's rounds an element by where it lies.
         self._by_halves = bool(spec.adapter.gated_up) and settings.batch_invariant and self.layout == "prepacked"
@@ -81,8 +82,8 @@ class Projections:
         self._joined_gate = None
         if self.layout == "joined" and "gate" in binding.linears and not spec.opaque.intersection(_GATED):
             self._join_gate([binding.linears[slot] for slot in _GATED])
-        self._fingerprint = _fingerprint(binding)
-        self._circumstances = _circumstances()
+        self.fingerprints = [*map(fingerprint, binding.holders)]
+        self._circumstances = circumstances()
         self.native_layer = None
         if self.layout in ("prepacked", "joined") and self._fused_qkv and not on_gpu(self.device):
             self.native_layer = native_layer(binding, self._qkv_weight, self._qkv_biases, self.slots)
@@ -139,8 +140,8 @@ class Projections:
     def current(self, binding: Binding) -> bool:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""
         return (
-            _fingerprint(binding) == self._fingerprint
-            and _circumstances() == self._circumstances
+            [*map(fingerprint, binding.holders)] == self.fingerprints
+            and circumstances() == self._circumstances
             and self._probes_hold()
         )
 
@@ -149,7 +150,7 @@ class Projections:
             return True
         if not on_gpu(self.device):
             if native.current:
-                return native.library.unchanged(self._native_probes)
+                return native.library.unchanged(self.native_probes)
             return all(torch.equal(*probe) for probe in self._probes)
         live, saved = zip(*self._probes, strict=True)
         return torch.equal(torch.cat(live), torch.cat(saved))  # the host waits once
@@ -259,7 +260,7 @@ def _layout(binding: Binding, settings: Settings, dtype: torch.dtype) -> Layout:
     return "prepacked" if all(_may_prepack(weight) for weight in weights) else "plain"
 
 
-def _circumstances() -> tuple:
+def circumstances() -> tuple:
     """What beside the parameters decides how weights are kept: what the processor's libraries may do, and whether operations
     run as on a GPU."""
     return linear_cpu.abilities(), on_gpu(_CPU)
@@ -298,10 +299,11 @@ def _native_probe(live: torch.Tensor, saved: torch.Tensor) -> bytes:
     return struct.pack("5q", live.data_ptr(), saved.data_ptr(), live.numel(), live.stride(0) * size, size)
 
 
-def _fingerprint(binding: Binding) -> list[tuple[int, int, torch.dtype] | None]:
-    """Changes whenever a parameter is replaced, moved, cast or written to. Runs before every call: keep it short."""
-    parameters = binding.parameters()
+def fingerprint(holder: nn.Module) -> tuple[tuple[int, int, torch.dtype] | None, ...]:
+    """Changes whenever a parameter of a module is replaced, moved, cast or written to. Runs before every call: keep it
+    short."""
+    parameters = holder._parameters.values()
     try:
-        return [None if p is None else (p.data_ptr(), p._version, p.dtype) for p in parameters]
+        return tuple([None if p is None else (p.data_ptr(), p._version, p.dtype) for p in parameters])
     except RuntimeError:  # tensors made in inference mode have no version
-        return [None if p is None else (p.data_ptr(), 0, p.dtype) for p in parameters]
+        return tuple([None if p is None else (p.data_ptr(), 0, p.dtype) for p in parameters])

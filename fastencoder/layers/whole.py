@@ -14,40 +14,54 @@ from ..kernels.varlen_attention import query_block
 from ..packing import PackedBatch
 from ..runtime.graphs import GraphRunner
 from . import trial
-from .binding import Binding
 from .guards import Delegated, refuse_layers_mode, refuse_mode
 from .native_layer import run_layers
 from .program import run_layer
-from .stack import StackCall
-from .weights import Projections
+from .snapshot import Part, Snapshot
+from .stack import Stack, StackCall
 
 FEW_TOKENS = 64  # on the CPU, up to which what lies between the layers is a good part of the time
 
 
-def run_few(
-    call: StackCall, batch: PackedBatch, hidden: torch.Tensor, first: tuple[Binding, Projections]
-) -> torch.Tensor | None:
+def run_few(stack: Stack, call: StackCall, batch: PackedBatch, hidden: torch.Tensor, first: Part) -> torch.Tensor | None:
     """The output of all layers of `call` for few tokens on the CPU, `[B, S, D]`, given the input of the first, which is ready;
     None if the layers have to run one by one."""
-    if any(layer._fastencoder.to_prove for layer in call.schedule):
+    parts = call.snapshot.parts if call.snapshot is not None else _ready_parts(call, hidden, first)
+    if not parts or not _fit_the_extension(parts[:1] if call.snapshot is not None else parts, hidden, sum(batch.lengths)):
         return None
-    ready, layers, tokens = {call.schedule[0]: first}, [], sum(batch.lengths)
+    if call.snapshot is not None:
+        fields = call.snapshot.fields
+    else:
+        fields = b"".join([projections.native_layer.fields(binding) for binding, projections in parts])
+        if stack.snapshot is None or stack.snapshot.parts != parts:
+            stack.snapshot = Snapshot(call.schedule, parts)
+    projections = parts[0][1]
+    values = run_layers(projections.native_layer.isa, fields, batch, projections.entering(batch.take(hidden)))
+    return batch.to_padded(values if values.dtype == hidden.dtype else values.to(hidden.dtype))
+
+
+def _ready_parts(call: StackCall, hidden: torch.Tensor, first: Part) -> list[Part]:
+    """What runs each layer; empty if one cannot run fast."""
+    if any(layer._fastencoder.to_prove for layer in call.schedule):
+        return []
+    ready = {call.schedule[0]: first}
     try:
         for layer in call.schedule:
             if layer not in ready:  # ALBERT's layers run several times
                 ready[layer] = layer._fastencoder.ready(layer)
                 refuse_layers_mode(layer, hidden)
-            binding, projections = ready[layer]
-            native = projections.native_layer
-            if native is None or (projections.dtype, projections.device) != (hidden.dtype, hidden.device):
-                return None
-            if not native.runs(hidden, projections.working_dtype(tokens)):
-                return None
-            layers.append((binding, native))
     except Delegated:
-        return None
-    values = first[1].entering(batch.take(hidden))
-    return batch.to_padded(run_layers(layers, batch, values).to(hidden.dtype))
+        return []
+    return [ready[layer] for layer in call.schedule]
+
+
+def _fit_the_extension(parts: Sequence[Part], hidden: torch.Tensor, tokens: int) -> bool:
+    return all(
+        projections.native_layer is not None
+        and (projections.dtype, projections.device) == (hidden.dtype, hidden.device)
+        and projections.native_layer.runs(hidden, projections.working_dtype(tokens))
+        for _, projections in parts
+    )
 
 
 def run_whole(

@@ -3,10 +3,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <cstring>
 #include <initializer_list>
 
 #include "kernels.h"
+#include "unchanged.h"
 
 using namespace fastencoder;
 
@@ -151,18 +151,6 @@ PyObject* embed_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return nullptr;
 }
 
-// (probes): whether the elements are still what they were, for the bytes of one Probe after the other.
-PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    Arguments from(given, count);
-    const Probe* probe = nullptr;
-    int64_t number = from.structures(probe);
-    if (!from.ok()) return nullptr;
-    for (const Probe* end = probe + number; probe < end; probe++)
-        for (int64_t i = 0; i < probe->count; i++)
-            if (std::memcmp(probe->live + i * probe->step, probe->saved + i * probe->size, probe->size) != 0) Py_RETURN_FALSE;
-    Py_RETURN_TRUE;
-}
-
 // (isa, x, weight, ...): the members of Linear in their order.
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Arguments from(given, count);
@@ -226,6 +214,7 @@ PyMethodDef methods[] = {
     {"add_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_norm)), METH_FASTCALL, nullptr},
     {"embed_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(embed_norm)), METH_FASTCALL, nullptr},
     {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unchanged)), METH_FASTCALL, nullptr},
+    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(holds)), METH_FASTCALL, nullptr},
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL, nullptr},
     {"layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layers)), METH_FASTCALL, nullptr},
     {"pack", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pack)), METH_FASTCALL, nullptr},
@@ -237,4 +226,4 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods, nul
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() { return prepare_unchanged() ? PyModule_Create(&module) : nullptr; }
