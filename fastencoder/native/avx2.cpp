@@ -1,6 +1,7 @@
 // The kernels for processors with AVX2.
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 

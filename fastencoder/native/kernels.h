@@ -68,6 +68,7 @@ struct Linear {
     int64_t weight_dtype, vector_dtype, weight_row, packed;  // weight_row: stride between rows, where it is not packed
     int64_t rows, outputs, inputs, activation;
     int64_t threads;
+    float* fixed;  // of a weight of kFixed16: room for vnni::fixed_floats(rows, inputs)
 };
 
 // Outputs of a weight [count, inputs] that become those from `first` on of a packed one in fixed point, as `fixed.inc` says.
@@ -109,18 +110,20 @@ constexpr int64_t kQueries = 192;  // of a task, at most
 // The tasks of a packed batch, those that take longest first; null if there is no memory. The caller frees them.
 Task* tasks_of(const int32_t* offsets, int64_t sequences, int64_t left, int64_t right, int64_t* count);
 
-// False if there was no memory.
+// False if there was no memory. What ends in "_share" is called by every thread of a team, and each does its part: it returns
+// when all have done theirs. Everything else makes a team of its own.
 namespace avx512 {
 bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
-bool layer(const Layer& layer, const LayerCall& call);
-void round_to_bf16(float* x, int64_t n);
+// One layer after the other; `rounded`: to bfloat16 behind each.
+bool layers(const Layer* layers, int64_t number, bool rounded, const LayerCall& call);
 int64_t panel_width();
 }
 namespace vnni {
-bool linear(const Linear& a);  // of a weight of kFixed16, whose vectors are float32 or bfloat16
+bool linear_share(const Linear& a);  // of a weight of kFixed16, whose vectors are float32 or bfloat16
+int64_t fixed_floats(int64_t rows, int64_t inputs);
 void pack(const Packing& a);
 int64_t packed_panel_size(int64_t inputs);
 }
@@ -129,8 +132,7 @@ bool attention(const Attention& a);
 bool add_norm(const AddNorm& a);
 Outcome embed_norm(const EmbedNorm& a);
 bool linear(const Linear& a);
-bool layer(const Layer& layer, const LayerCall& call);
-void round_to_bf16(float* x, int64_t n);
+bool layers(const Layer* layers, int64_t number, bool rounded, const LayerCall& call);
 int64_t panel_width();
 }
 

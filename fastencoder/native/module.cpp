@@ -175,15 +175,7 @@ PyObject* layers(PyObject*, PyObject* const* given, Py_ssize_t count) {
     from.address(call.x), from.address(call.out), from.address(call.offsets);
     for (int64_t* x : {&call.sequences, &call.rows, &call.threads}) *x = from.integer();
     if (!from.ok() || !inside(call.offsets, call.sequences, call.rows, call.rows)) return nullptr;
-    auto run = isa >= kAvx512 ? avx512::layer : avx2::layer;
-    auto round = isa >= kAvx512 ? avx512::round_to_bf16 : avx2::round_to_bf16;
-    return unlocked([&] {
-        for (int64_t i = 0; i < number; i++, call.x = call.out) {
-            if (!run(layers[i], call)) return false;
-            if (rounded) round(call.out, call.rows * layers[i].dim);
-        }
-        return true;
-    });
+    return unlocked([&] { return (isa >= kAvx512 ? avx512::layers : avx2::layers)(layers, number, rounded, call); });
 }
 
 PyObject* panel_width(PyObject*, PyObject* isa) {
