@@ -97,15 +97,15 @@ class NativeLayer:
 
 
 def run_layers(isa: int, fields: bytes, batch: PackedBatch, x: torch.Tensor) -> torch.Tensor:
-    """One layer after the other, given the `fields` of each: `[T, D]` -> `[T, D]` in the dtype of `x`, to which every layer's
-    output is rounded."""
+    """One layer after the other, given the `fields` of each: `[T, D]`, or `[B, S, D]` without padding, -> the same in the dtype
+    of `x`, to which every layer's output is rounded."""
     dtype = x.dtype
     values = x if dtype == torch.float32 else x.to(torch.float32)
     out = torch.empty_like(values)
     offsets = batch.offsets
     native.library.layers(
         *(isa, fields, dtype == torch.bfloat16, values.data_ptr(), out.data_ptr()),
-        *(offsets.data_ptr(), offsets.shape[0] - 1, x.shape[0], torch.get_num_threads()),
+        *(offsets.data_ptr(), offsets.shape[0] - 1, x.numel() // x.shape[-1], torch.get_num_threads()),
     )
     return out if dtype == torch.float32 else out.to(dtype)
 

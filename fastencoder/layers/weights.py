@@ -134,8 +134,8 @@ class Projections:
         return self.compute_dtype
 
     def entering(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens `[T, D]` in the dtype in which they may stay packed between layers."""
-        return x if self.compute_dtype == self.dtype else x.to(self.working_dtype(x.shape[0]))
+        """Tokens `[*, D]` in the dtype in which they may stay packed between layers."""
+        return x if self.compute_dtype == self.dtype else x.to(self.working_dtype(x.numel() // x.shape[-1]))
 
     def current(self, binding: Binding) -> bool:
         """Whether these are still the parameters that the binding's modules hold, with the values they had."""

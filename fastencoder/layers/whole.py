@@ -36,8 +36,10 @@ def run_few(stack: Stack, call: StackCall, batch: PackedBatch, hidden: torch.Ten
         if stack.snapshot is None or stack.snapshot.parts != parts:
             stack.snapshot = Snapshot(call.schedule, parts)
     projections = parts[0][1]
-    values = run_layers(projections.native_layer.isa, fields, batch, projections.entering(batch.take(hidden)))
-    return batch.to_padded(values if values.dtype == hidden.dtype else values.to(hidden.dtype))
+    tokens = hidden if batch.indices is None else batch.take(hidden)
+    values = run_layers(projections.native_layer.isa, fields, batch, projections.entering(tokens))
+    values = values if values.dtype == hidden.dtype else values.to(hidden.dtype)
+    return values if batch.indices is None else batch.to_padded(values)
 
 
 def _ready_parts(call: StackCall, hidden: torch.Tensor, first: Part) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ Inputs = dict[str, torch.Tensor]
 
 
 def load(folder: Path, dtype: str, attention: str | None = None) -> Any:
-    """The model in evaluation mode. `attention` is transformers' default for the class if it is not given.
+    """The model in evaluation mode, without a pooler: what is compared are the hidden states, and exporters drop what leads
+    nowhere. `attention` is transformers' default for the class if it is not given.
 
     Raises:
         NotAvailable: the class has no such attention.
@@ -27,7 +29,9 @@ def load(folder: Path, dtype: str, attention: str | None = None) -> Any:
     transformers.logging.disable_progress_bar()
     named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     cls = getattr(transformers, named)
-    chosen = {"attn_implementation": attention} if attention else {}
+    chosen: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if "add_pooling_layer" in inspect.signature(cls).parameters:
+        chosen["add_pooling_layer"] = False
     try:
         model = cls.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, **chosen)
     except ValueError as error:
