@@ -36,7 +36,8 @@ def test_only_known_instructions_can_be_chosen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs"), [(1, 5, 3), (13, 70, 40), (65, 130, 33), (400, 64, 16), (7, 70, 900), (60, 70, 900)]
+    ("rows", "outputs", "inputs"),
+    [(0, 5, 3), (1, 5, 3), (13, 70, 40), (65, 130, 33), (400, 64, 16), (7, 70, 900), (60, 70, 900)],
 )
 def test_linear(name, dtype, activation, rows, outputs, inputs):
     """Packed and as it is, with everything that is fused; sizes that fill no tile, panel or vector."""
