@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastencoder.kernels.varlen_attention import cpu_native
+from fastencoder.layers import whole
 from fastencoder.packing import PackedBatch
 
 from . import kernels, models, run
@@ -49,9 +50,10 @@ def test_found(example) -> None:
 def test_a_small_wrong_term_is_more_than_luck(monkeypatch) -> None:
     """The bound of a model that magnifies rounding stays far below an error that somebody made."""
     example = FOUND["a batch in which the stock model is lucky"]
-    take = PackedBatch.take
+    take, run_layers = PackedBatch.take, whole.run_layers
     ramp = torch.linspace(1, 1.001, 48)  # a constant factor would be lost in the norm
     monkeypatch.setattr(PackedBatch, "take", lambda self, hidden: take(self, hidden) * ramp)
+    monkeypatch.setattr(whole, "run_layers", lambda isa, fields, batch, x: run_layers(isa, fields, batch, x * ramp))
     with pytest.raises(AssertionError, match="relative error"):
         models.check(example)
 
