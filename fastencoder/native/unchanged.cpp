@@ -107,6 +107,7 @@ bool same_elements(PyObject* probes) {
     for (const Probe* end = probe + length / sizeof(Probe); probe < end; probe++) {
         const Probe* next = probe + 1 < end ? probe + 1 : nullptr;
         switch (probe->size) {
+            case 1: if (!same_elements<uint8_t>(*probe, next)) return false; break;
             case 2: if (!same_elements<uint16_t>(*probe, next)) return false; break;
             case 4: if (!same_elements<uint32_t>(*probe, next)) return false; break;
             case 8: if (!same_elements<uint64_t>(*probe, next)) return false; break;
